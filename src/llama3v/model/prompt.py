@@ -1,7 +1,7 @@
 """The one place where turns and images become token ids: training, evaluation and chat all call it.
 
 A prompt is built out of segments that are tokenised one by one (as Meta's reference ``ChatFormat`` does), so
-the places of visual tokens and of supervised text are known while writing, never found again by re-tokenising.
+the places of visual tokens and of supervised text are known while writing, never found by re-tokenising.
 The text of a turn is encoded with special tokens off: a literal ``<|eot_id|>`` in it stays plain text.
 
 No torch and no transformers here.
@@ -258,9 +258,9 @@ def _backend_of(tokenizer: Any) -> Tokenizer:
 def _plain_copy(backend: Tokenizer) -> tuple[Tokenizer, dict[str, int]]:
     """A private copy that reads no special token in text, and the ids of its control tokens by name.
 
-    A copy, because the switches (special parsing, truncation, padding) are state of the tokenizer: another user
-    of a shared one could flip them between two calls. A token written ``<|...|>`` counts as control even where
-    the file forgot to flag it special (converted tokenizers do): the library's switch only covers flagged ones.
+    A copy, because the switches (special parsing, truncation, padding) are state of the tokenizer: another
+    user of a shared one could flip them between two calls. A token written ``<|...|>`` counts as control even
+    where the file forgot to flag it special (converted tokenizers do): the library's switch covers flagged ones.
     """
     content = json.loads(backend.to_str())
     controls = {}
