@@ -1,0 +1,314 @@
+"""Every option of every verb: frozen dataclasses, each field documented; the only place a default lives.
+
+The command line is made from these (see cli.py), and the Python functions take them, for example
+``llama3v.cache(llama3v.CacheConfig(action="info", cache=Path("/nvme/cache")))``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from llama3v.errors import ConfigError
+
+Policy = Literal["projector+llm", "llm", "seed"]
+Precision = Literal["fp32", "bf16"]
+
+# What may stay unset: its description says what happens then, so help does not add "(default: None)".
+MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Build a small Llama 3-V from images and text, on this machine, in about 3 minutes.
+
+    Draws scenes, encodes them into a cache, trains both stages, evaluates on held-out scenes, writes a report
+    and asks one question. `--out` is then a model that ask, chat, caption and export take.
+
+    Example:
+        llama3v quickstart --out runs/quickstart
+    """
+
+    out: Path = Path("runs/quickstart")
+    """Directory for the model, the report, the cache and summary.json."""
+    seed: int = 0
+    """Seed of the held-in scenes, the projector's weights and the order of training."""
+    dollars_per_hour: float = 0.10
+    """Price of this machine, to state the cost of the run (0.10 is a common price of a 2-core cloud
+    machine)."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Run the vision tower once over a data set and keep its patch features: the encode pass.
+
+    Resumable: what is committed is never encoded again, so after any interruption run the same command.
+
+    Example:
+        llama3v encode --data photos/train.json --vision google/siglip-so400m-patch14-384 --cache /nvme/cache
+    """
+
+    data: str
+    """LLaVA JSON/JSONL, a parquet file or directory (the_cauldron, FineVision), or a folder of images
+    with captions beside them."""
+    vision: str
+    """Vision tower: a hub name, a local directory, or a Llama 3-V model directory (its tower, cut and
+    slicing)."""
+    cache: Path
+    """Root of the feature cache."""
+    out: MaybePath = None
+    """Directory for summary.json and the ledger of what was left out (default:
+    <cache>/<fingerprint>/runs/<data name>)."""
+    cut: MaybeInt = None
+    """Layer whose output is cached; layers after it are the top, which training can change (default: the
+    last that is computed)."""
+    max_tiles: int = 6
+    """Most slices of one image beside its overview (0: overview only)."""
+    precision: Precision = "fp32"
+    """Precision of the forward pass; features are stored in bf16 either way."""
+    batch_tiles: int = 16
+    """Tiles in one forward pass."""
+    shard_mb: int = 256
+    """Size at which a shard is committed: a kill loses at most the open one."""
+    max_bad_ratio: float = 0.05
+    """Stop when more than this share of the images cannot be read."""
+    limit: MaybeInt = None
+    """Encode only the first N samples."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tiles >= 0, f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more")
+        _require(self.batch_tiles >= 1, f"--batch-tiles is {self.batch_tiles}; give 1 or more")
+        _require(self.shard_mb >= 1, f"--shard-mb is {self.shard_mb}; give 1 or more")
+        _require(
+            0 <= self.max_bad_ratio <= 1,
+            f"--max-bad-ratio is {self.max_bad_ratio}; give a share between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Look into a feature cache.
+
+    Examples:
+        llama3v cache info /nvme/cache
+        llama3v cache verify /nvme/cache
+    """
+
+    action: Positional[Literal["info", "verify"]]
+    """info: counts, bytes and the fingerprint in words. verify: read every record and check its checksum."""
+    cache: Positional[Path]
+    """Root of the feature cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What both stages share."""
+
+    data: tuple[str, ...]
+    """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
+    cache: Path
+    """Root of the feature cache that `llama3v encode` filled."""
+    out: Path
+    """Directory for checkpoints, metrics.jsonl, curves, summary.json and the trained model. Run again to
+    resume."""
+    steps: MaybeInt = None
+    """Optimizer steps (default: as many as `epochs` needs)."""
+    epochs: float = 1.0
+    """Passes over the data, where `steps` is not given."""
+    row_tokens: int = 2048
+    """Length of a packed row in tokens (visual and text). A sample that is longer goes to the ledger,
+    never cut."""
+    rows_per_step: int = 8
+    """Packed rows in one optimizer step (the global batch)."""
+    rows_per_pass: int = 8
+    """Packed rows in one forward and backward pass; fewer need less memory and change nothing else."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the projector (and of the vision top under `seed`)."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises; then it falls by a cosine to zero."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of matrices."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    precision: Precision = "fp32"
+    """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
+    seed: int = 0
+    """Seed of the order, the packing and new weights."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept; older ones are removed."""
+    validation: MaybeText = None
+    """A data set whose loss is measured with the right and with shuffled images (does the model see?)."""
+    validate_every: MaybeInt = None
+    """Steps between validations (default: only at the end)."""
+    validation_samples: int = 256
+    """Samples of `validation` that are used."""
+    limit: MaybeInt = None
+    """Use only the first N samples of each data set."""
+    max_bad_ratio: float = 0.05
+    """Stop when more than this share of the samples cannot be used."""
+    dollars_per_hour: float = 0.0
+    """Price of this machine, to state what the run costs."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.data) > 0, "--data is empty; name at least one data set")
+        _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; give 1 or more")
+        _require(self.epochs > 0, f"--epochs is {self.epochs}; give more than 0")
+        _require(
+            self.rows_per_step >= 1 and self.rows_per_pass >= 1,
+            "--rows-per-step and --rows-per-pass start at 1",
+        )
+        _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
+        _require(self.checkpoint_every >= 1, f"--checkpoint-every is {self.checkpoint_every}; give 1 or more")
+        _require(self.keep_checkpoints >= 1, f"--keep-checkpoints is {self.keep_checkpoints}; give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Stage 1: align images with text. Only the projector trains; vision tower and LLM are frozen.
+
+    Example:
+        llama3v pretrain --data captions.json --vision google/siglip-so400m-patch14-384 \\
+            --llm meta-llama/Meta-Llama-3-8B-Instruct --cache /nvme/cache --out runs/stage1
+    """
+
+    vision: str
+    """Vision tower: the one the cache was made with."""
+    llm: str
+    """Language model: a hub name, a local directory or a GGUF file. Llama architecture."""
+    cut: MaybeInt = None
+    """The layer the cache holds (default: the last that is computed)."""
+    max_tiles: int = 6
+    """As in the encode pass; it becomes a property of the model."""
+    scale_factor: int = 3
+    """r: r x r patches become one visual token; it must divide the side of the patch grid."""
+    prompt_format: Literal["auto", "llama3", "chatml"] = "auto"
+    """How turns are written; auto reads it off the tokenizer's special tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainConfig):
+    """Stage 2: supervised fine-tuning on conversations. `--policy` says what trains.
+
+    Example:
+        llama3v sft --data conversations.json --model runs/stage1 --cache /nvme/cache --out runs/stage2
+    """
+
+    model: str
+    """A Llama 3-V model directory, usually stage 1's output."""
+    policy: Policy = "projector+llm"
+    """projector+llm; llm (projector frozen); seed (vision top and projector, as the first Llama 3-V was
+    described)."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of the projector (and of the vision top under `seed`)."""
+    llm_learning_rate: float = 2e-5
+    """Peak learning rate of the LLM, where it trains."""
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Ask a question about one or more images; the answer streams to the terminal.
+
+    Examples:
+        llama3v ask photo.jpg "What is on the table?" --model runs/quickstart
+        llama3v ask before.png after.png "What changed?" --model runs/quickstart
+    """
+
+    inputs: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="IMAGE... QUESTION", help_behavior_hint="(required)")
+    ]
+    """Image files, then the question (the last argument)."""
+    model: str = "runs/quickstart"
+    """A Llama 3-V model directory or hub name."""
+    max_new_tokens: int = 256
+    """Most tokens in the answer."""
+    temperature: float = 0.0
+    """0 is greedy; higher values sample."""
+    seed: int = 0
+    """Seed of the sampling."""
+    out: MaybePath = None
+    """Directory for summary.json (the question, the answer, timings)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.inputs) >= 1, 'give image files and a question: llama3v ask photo.jpg "What is it?"'
+        )
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
+        _require(self.temperature >= 0, f"--temperature is {self.temperature}; give 0 or more")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk about images, turn by turn. `/image FILE` adds a picture, `/reset` starts anew, `/quit` leaves.
+
+    Example:
+        llama3v chat photo.jpg --model runs/quickstart
+    """
+
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="[IMAGE...]", help_behavior_hint="")] = ()
+    """Image files the first question is about."""
+    model: str = "runs/quickstart"
+    """A Llama 3-V model directory or hub name."""
+    max_new_tokens: int = 256
+    """Most tokens in an answer."""
+    temperature: float = 0.0
+    """0 is greedy; higher values sample."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Caption an image, or every image of a folder (resumable: captions that exist are kept).
+
+    Examples:
+        llama3v caption photo.jpg --model runs/quickstart
+        llama3v caption holiday/ --model runs/quickstart --out captions
+    """
+
+    inputs: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")
+    ]
+    """Image files or folders."""
+    model: str = "runs/quickstart"
+    """A Llama 3-V model directory or hub name."""
+    prompt: str = "Describe the image."
+    """What the model is asked."""
+    out: MaybePath = None
+    """Directory for captions.jsonl and summary.json."""
+    max_new_tokens: int = 96
+    """Most tokens in a caption."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.inputs) >= 1, "give image files or folders: llama3v caption photo.jpg")
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model in a stock form that other programs load without this package.
+
+    Example:
+        llama3v export --model runs/quickstart --format hf --out exported
+    """
+
+    out: Path
+    """Directory to write."""
+    model: str = "runs/quickstart"
+    """A Llama 3-V model directory or hub name."""
+    format: Literal["hf"] = "hf"
+    """hf: a directory for transformers (and what reads its layout)."""
+    form: Literal["idefics3", "smolvlm"] = "smolvlm"
+    """Which stock architecture: smolvlm keeps our prompt (framing tokens are configured empty); idefics3
+    adds its own framing in its processor."""
+    check: Annotated[bool, arg()] = True
+    """Compare features, logits and greedy tokens with this package's before the export is called done."""

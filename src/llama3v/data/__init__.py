@@ -1,0 +1,1 @@
+"""Where samples come from, in what order they are read, and how they are packed."""

@@ -1,0 +1,1 @@
+"""Stock checkpoints that other programs load."""

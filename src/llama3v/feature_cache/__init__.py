@@ -1,0 +1,1 @@
+"""The embedding cache: features are computed once, committed, and verified on every read."""

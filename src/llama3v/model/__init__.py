@@ -1,0 +1,1 @@
+"""The model: slicing, tiles, vision tower, projector, prompt and the whole."""
