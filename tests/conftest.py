@@ -1,4 +1,4 @@
-"""Fixtures that every tier shares: a small tokenizer, a random vision tower, a random LLM and a model of both.
+"""Fixtures that every tier shares: a tiny tokenizer, a random tower, a random LLM and a model of both.
 
 They have the shapes of the real thing at a size that loads in milliseconds; nothing in them is trained.
 """
@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Tile 42 px, patch 14 px: a 3x3 grid of patches, so scale factor 3 gives 1 visual token per tile and 1 gives 9.
+# Tile 42 px, patch 14 px: 3x3 patches, so scale factor 3 gives 1 visual token per tile and 1 gives 9.
 TILE_SIZE = 42
 VISION_WIDTH = 32
 
