@@ -260,7 +260,7 @@ def _plain_copy(backend: Tokenizer) -> tuple[Tokenizer, dict[str, int]]:
 
     A copy, because the switches (special parsing, truncation, padding) are state of the tokenizer: another
     user of a shared one could flip them between two calls. A token written ``<|...|>`` counts as control even
-    where the file forgot to flag it special (converted ones do): the library's switch covers flagged tokens only.
+    where the file forgot to flag it special (converted ones do): the switch covers flagged tokens only.
     """
     content = json.loads(backend.to_str())
     controls = {}
