@@ -112,7 +112,7 @@ class CacheConfig:
 class TrainConfig:
     """What both stages share."""
 
-    data: tuple[str, ...]
+    data: Annotated[tuple[str, ...], arg(metavar="DATA...")]
     """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
     cache: Path
     """Root of the feature cache that `llama3v encode` filled."""
@@ -124,8 +124,7 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the data, where `steps` is not given."""
     row_tokens: int = 2048
-    """Length of a packed row in tokens (visual and text). A sample that is longer goes to the ledger,
-    never cut."""
+    """Tokens in a packed row (visual and text). A longer sample goes to the ledger; none is cut short."""
     rows_per_step: int = 8
     """Packed rows in one optimizer step (the global batch)."""
     rows_per_pass: int = 8
@@ -206,8 +205,7 @@ class SftConfig(TrainConfig):
     model: str
     """A Llama 3-V model directory, usually stage 1's output."""
     policy: Policy = "projector+llm"
-    """projector+llm; llm (projector frozen); seed (vision top and projector, as the first Llama 3-V was
-    described)."""
+    """projector+llm; llm (projector frozen); seed (vision top and projector, as first described)."""
     learning_rate: float = 2e-5
     """Peak learning rate of the projector (and of the vision top under `seed`)."""
     llm_learning_rate: float = 2e-5

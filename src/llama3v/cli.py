@@ -1,0 +1,121 @@
+"""The command line: one verb, one options dataclass (config.py), one function (``llama3v.<verb>``).
+
+No logic of its own: it makes the parser from the dataclasses, calls the function, and turns an error that
+the user can mend into one line and exit code 2. Nothing heavy is imported before the options are known.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, cast
+
+import tyro
+
+import llama3v
+from llama3v import config
+from llama3v.errors import Llama3VError
+
+VERBS: dict[str, type] = {
+    "quickstart": config.QuickstartConfig,
+    "encode": config.EncodeConfig,
+    "cache": config.CacheConfig,
+    "pretrain": config.PretrainConfig,
+    "sft": config.SftConfig,
+    "ask": config.AskConfig,
+    "chat": config.ChatConfig,
+    "caption": config.CaptionConfig,
+    "export": config.ExportConfig,
+}
+
+_DESCRIPTION = """Llama 3-V: give a language model eyes, cheaply, and run the result anywhere.
+
+Start with `llama3v quickstart`. `llama3v VERB --help` shows a verb's examples and options,
+`llama3v --version` the version."""
+
+EXIT_USER_ERROR = 2  # the same code as tyro's for options it cannot parse
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code.
+
+    0: done. 2: an error that the user can mend, told in one line on stderr. 130: interrupted. 141: the reader
+    of our output went away. Help, and options that cannot be parsed, raise SystemExit as argparse does.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            _run(arguments)
+        finally:
+            # Here and not at the interpreter's exit, where a closed pipe could no longer be handled.
+            sys.stdout.flush()
+    except Llama3VError as error:
+        print(f"llama3v: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("llama3v: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Any]:
+    """Turn arguments into (verb, its options); raises SystemExit for help and for what cannot be parsed."""
+    verb = arguments[0] if arguments else None
+    commands = tuple(
+        # A verb's own help shows its whole docstring, examples included; the list of verbs shows first lines.
+        Annotated[options, tyro.conf.subcommand(name, description=_describe(options, whole=name == verb))]
+        for name, options in VERBS.items()
+    )
+    parsed = tyro.cli(
+        cast(Any, Union[commands]),  # noqa: UP007 - made at run time, so `|` cannot write it
+        prog="llama3v",
+        description=_DESCRIPTION,
+        args=list(arguments) or ["--help"],
+    )
+    return next(name for name, options in VERBS.items() if type(parsed) is options), parsed
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"llama3v {llama3v.__version__}")
+        return
+    verb, options = parse(arguments)
+    if verb != "cache":
+        _quiet_transformers()
+    getattr(llama3v, verb)(options)
+
+
+def _describe(options: type, *, whole: bool) -> str:
+    text = inspect.getdoc(options) or ""
+    return text if whole else text.partition("\n")[0]
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' notes and its bar for loading weights off the terminal; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    downloads_are_shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # takes the hub's bars away too
+    if downloads_are_shown:
+        enable_progress_bars()
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks, and without the escape codes that a file's name may carry."""
+    words = " ".join(str(error).split())
+    return "".join(character if character.isprintable() else "?" for character in words)
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not fail again."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
