@@ -113,11 +113,10 @@ def detect_format(tokenizer: Any) -> Literal["llama3", "chatml"]:
         for name, form in _FORMATS.items()
         if all(backend.token_to_id(control) is not None for control in form.control_names)
     ]
-    if len(found) > 1:
-        template = getattr(tokenizer, "chat_template", None) or ""
-        found = [name for name in found if _FORMATS[name].before_role in str(template)]
-    if len(found) == 1:
-        return "llama3" if found[0] == "llama3" else "chatml"
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    decided = found if len(found) == 1 else [name for name in found if _FORMATS[name].before_role in template]
+    if len(decided) == 1:
+        return "llama3" if decided[0] == "llama3" else "chatml"
     wanted = " or ".join(f"{name} ({' '.join(form.control_names)})" for name, form in _FORMATS.items())
     what = "could be either" if found else "has neither set of control tokens"
     raise PromptError(
@@ -167,9 +166,11 @@ class Renderer:
         stops = (self._form.end_of_turn, *self._form.other_stops)
         self.stop_ids: tuple[int, ...] = tuple(controls[name] for name in stops if name in controls)
 
-    def render(
-        self, turns: Sequence[Turn], grids: Sequence["Grid"] = (), *, generate: bool = False
-    ) -> Rendered:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain.encode_special_tokens = True  # a pickled tokenizer forgets this switch
+
+    def render(self, turns: Sequence[Turn], grids: Sequence["Grid"] = (), *, generate: bool = False) -> Rendered:
         """Render a conversation.
 
         Args:
@@ -233,8 +234,7 @@ class Renderer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"expected Unicode text, found a lone surrogate at character {error.start}; "
-                "mend the text's encoding"
+                f"expected Unicode text, found a lone surrogate at character {error.start}; mend the text's encoding"
             ) from None
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         if not self._forbidden.isdisjoint(ids):
@@ -281,13 +281,9 @@ def _check(turns: Sequence[Turn], grids: Sequence["Grid"], generate: bool) -> No
         raise PromptError("expected at least one turn, found none")
     for number, turn in enumerate(turns, start=1):
         if turn.role not in ("system", "user", "assistant"):
-            raise PromptError(
-                f"turn {number}: expected the role system, user or assistant, found {turn.role!r}"
-            )
+            raise PromptError(f"turn {number}: expected the role system, user or assistant, found {turn.role!r}")
         if turn.images and turn.role != "user":
-            raise PromptError(
-                f"turn {number}: only a user turn can own images, found them in a {turn.role} turn"
-            )
+            raise PromptError(f"turn {number}: only a user turn can own images, found them in a {turn.role} turn")
     if generate and turns[-1].role != "user":
         raise PromptError(f"expected the user's turn before an answer, found the {turns[-1].role}'s")
     # in order of appearance, each once: so features stacked image by image are in the order of the slots
