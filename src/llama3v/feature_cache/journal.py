@@ -1,0 +1,77 @@
+"""Append-only files of JSON lines that several processes write and a kill cannot spoil.
+
+Every line ends in ``"check"``, the xxh3_64 of the line without it. A line that was torn by a kill or damaged on disk
+fails its check and is left out on reading, so it can at worst be missing, never wrong; what it said is appended again
+by whoever finds it missing.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llama3v.feature_cache.commit import crash_point, flush_to_disk, wait_for_lock, write_all
+
+
+def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Append entries durably, all in one write, under the file's lock.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = b"".join(_line(entry) for entry in entries)
+    if not text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        wait_for_lock(descriptor)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            text = b"\n" + text  # the last writer was killed inside a line
+        crash_at = len(text) // 2
+        write_all(descriptor, text[:crash_at])
+        crash_point("journal-half-written")
+        write_all(descriptor, text[crash_at:])
+        crash_point("journal-written")
+        flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a journal whose check holds, oldest first; none where the file does not exist.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            entry = _parse(line)
+            if entry is not None:
+                yield entry
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    check = xxhash.xxh3_64_hexdigest(_canonical(entry))
+    return json.dumps({**entry, "check": check}, ensure_ascii=True).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict):
+        return None
+    check = entry.pop("check", None)
+    return entry if check == xxhash.xxh3_64_hexdigest(_canonical(entry)) else None
+
+
+def _canonical(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
