@@ -111,9 +111,7 @@ def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTr
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_vision_dir: Path, tiny_llm_dir: Path
-) -> Path:
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_vision_dir: Path, tiny_llm_dir: Path) -> Path:
     """A Llama 3-V of `tiny_vision_dir` and `tiny_llm_dir`: scale factor 3, at most 4 slices."""
     from llama3v.model.llama3v import build_model, save_model
 
