@@ -204,8 +204,9 @@ def _describe_foreign(data: bytes) -> str:
         return "an SVG drawing"
     if start.startswith(b"%pdf"):
         return "a PDF"
-    if len(data) > 8 and all(byte >= 32 or byte in b"\t\r\n\f" for byte in data[:1024]):
-        return f"text beginning {data[:24].decode('utf-8', 'replace')!r}"
+    text = data[:1024].decode("utf-8", "replace").rstrip("\ufffd")  # the end may be half a character
+    if len(text) > 8 and not {"\ufffd", "\0"} & set(text):
+        return f"text beginning {text[:24]!r}"
     return f"{len(data):,} bytes beginning {data[:8].hex(' ')}"
 
 
@@ -226,7 +227,9 @@ def _size_in_header(name: str, data: bytes) -> tuple[int, int] | None:
     if name == "WebP" and data[12:16] == b"VP8L":  # 14 bits each
         bits = int.from_bytes(data[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return None  # "VP8 ": 16,383 pixels at most on a side, and nothing but the frame itself
+    if name == "WebP" and data[12:16] == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return None
 
 
 def _check_tiff_blocks(image: Image.Image, max_pixels: int) -> None:
