@@ -1,0 +1,179 @@
+"""The rendered samples on disk: written once per run, then memory-mapped.
+
+    out/prepared/training/
+      tokens.bin        int32, the samples' ids one after another, image_token_id at the visual tokens
+      supervised.bin    uint8, 1 where a token has loss
+      index.npz         starts [samples + 1], image_starts [samples + 1], keys [images], grids [images, 2]
+      prepared.json     what it was made from, and its digest
+
+Memory stays flat: what is held is a few numbers per sample.
+"""
+
+import json
+import shutil
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from llama3v.model.slicing import Grid
+
+FORMAT = 1
+TOKENS, SUPERVISED, INDEX, DESCRIPTION = "tokens.bin", "supervised.bin", "index.npz", "prepared.json"
+_KEY = np.dtype("S32")  # an image's key: 32 hexadecimal digits
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rendered samples. Sample i has the tokens `starts[i]:starts[i + 1]`, and its images likewise.
+
+    Attributes:
+        made_from: what the data is a function of, in words.
+        digest: hash of all that training reads.
+        left_out: samples of the sources that are not here; the ledger has the reasons.
+        not_in_cache: of them, those that lacked an image in the cache.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    starts: np.ndarray
+    image_starts: np.ndarray
+    keys: np.ndarray
+    grids: np.ndarray
+    made_from: dict[str, Any]
+    digest: str
+    left_out: int
+    not_in_cache: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample, visual tokens included."""
+        return np.diff(self.starts)
+
+    def length(self, sample: int) -> int:
+        """Tokens of one sample."""
+        return int(self.starts[sample + 1] - self.starts[sample])
+
+    def images(self, sample: int) -> list[str]:
+        """Keys of a sample's images, in the order of their slots."""
+        return [key.decode() for key in self.keys[self.image_starts[sample] : self.image_starts[sample + 1]]]
+
+    def grids_of(self, sample: int) -> tuple[tuple[int, int], ...]:
+        """(columns, rows) of every image of a sample."""
+        found = self.grids[self.image_starts[sample] : self.image_starts[sample + 1]]
+        return tuple((int(columns), int(rows)) for columns, rows in found)
+
+
+class PreparedWriter:
+    """Writes prepared data beside its place; `commit` moves it there when it is complete."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._temporary = directory.with_name(f".preparing-{directory.name}")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._tokens = (self._temporary / TOKENS).open("wb")
+        self._supervised = (self._temporary / SUPERVISED).open("wb")
+        self._starts, self._image_starts = array("q", [0]), array("q", [0])
+        self._keys, self._grids = bytearray(), array("i")
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __enter__(self) -> "PreparedWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tokens.close()
+        self._supervised.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, ids: np.ndarray, supervised: np.ndarray, keys: Sequence[str], grids: Sequence[Grid]) -> None:
+        """Add one sample: ids int32 [tokens], supervised uint8 [tokens], keys and grids of its images."""
+        ids.tofile(self._tokens)
+        supervised.tofile(self._supervised)
+        self._starts.append(self._starts[-1] + len(ids))
+        self._image_starts.append(self._image_starts[-1] + len(keys))
+        for key, grid in zip(keys, grids, strict=True):
+            assert len(key) == _KEY.itemsize, f"an image key has {_KEY.itemsize} digits, not {key!r}"
+            self._keys += key.encode()
+            self._grids.extend((grid.columns, grid.rows))
+
+    def commit(self, made_from: dict[str, Any], *, left_out: int, not_in_cache: int) -> PreparedData:
+        """Move what was added to its place and open it."""
+        self._tokens.close()
+        self._supervised.close()
+        np.savez(
+            self._temporary / INDEX,
+            starts=np.asarray(self._starts, np.int64),
+            image_starts=np.asarray(self._image_starts, np.int64),
+            keys=np.frombuffer(bytes(self._keys), _KEY),
+            grids=np.asarray(self._grids, np.int32).reshape(-1, 2),
+        )
+        description = {
+            "format": FORMAT,
+            "samples": len(self),
+            "made_from": made_from,
+            "left_out": left_out,
+            "not_in_cache": not_in_cache,
+            "digest": digest_of(self._temporary),
+        }
+        (self._temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._temporary.rename(self.directory)
+        found = load_prepared(self.directory, made_from)
+        assert found is not None, "what was just written loads"
+        return found
+
+
+def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | None:
+    """The data in `directory`, or None where there is none, it was made from something else, or is damaged.
+
+    It is a by-product of sources and cache, so what is damaged is not an error: it is made again.
+    """
+    try:
+        description = json.loads((directory / DESCRIPTION).read_text())
+        if (description["format"], description["made_from"]) != (FORMAT, made_from):
+            return None
+        if description["digest"] != digest_of(directory):
+            return None
+        with np.load(directory / INDEX) as index:
+            arrays = {name: index[name] for name in ("starts", "image_starts", "keys", "grids")}
+        return PreparedData(
+            tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
+            supervised=np.memmap(directory / SUPERVISED, np.uint8, mode="r"),
+            made_from=made_from,
+            digest=description["digest"],
+            left_out=description["left_out"],
+            not_in_cache=description["not_in_cache"],
+            **arrays,
+        )
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def digest_of(directory: Path) -> str:
+    """xxh3_128 over all that training reads. Raises OSError or ValueError where a file is missing or damaged."""
+    digest = xxhash.xxh3_128()
+    for block in _blocks(directory):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(directory: Path) -> Iterator[bytes]:
+    for name in (TOKENS, SUPERVISED):
+        with (directory / name).open("rb") as file:
+            while block := file.read(16 * 2**20):
+                yield block
+    # the arrays and not their file: a zip archive holds the time at which it was written
+    with np.load(directory / INDEX) as index:
+        for name in sorted(index.files):
+            yield np.ascontiguousarray(index[name]).tobytes()

@@ -1,0 +1,96 @@
+"""Does the model see? Loss on held-out samples with their own images, and with each other's.
+
+The gap between the two is what the images tell the model: a model that only knows the language has none.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama3v.data.packing import pack
+from llama3v.model.llama3v import Llama3VForConditionalGeneration
+from llama3v.train.batches import assemble
+from llama3v.train.loop import autocast, head_of, hidden_states
+from llama3v.train.loss import losses_of
+from llama3v.train.prepared import PreparedData
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out samples and how to measure on them."""
+
+    data: PreparedData
+    read: Callable[[str], Tensor]
+    row_tokens: int
+    rows_per_pass: int
+    bf16: bool = False
+
+    def measure(self, model: Llama3VForConditionalGeneration) -> dict[str, Any]:
+        """Losses per supervised token.
+
+        `validation_loss` is over all samples. `validation_loss_shuffled` is over the samples that could be given
+        images of another sample (`validation_shuffled` of them), and `validation_gap` is how much lower the loss of
+        those very samples is with their own images; both are None where no sample could.
+        """
+        right, tokens = self._losses(model, {})
+        report: dict[str, Any] = {
+            "validation_loss": float(right.sum() / tokens.sum()),
+            "validation_samples": len(self.data),
+            "validation_shuffled": 0,
+            "validation_loss_shuffled": None,
+            "validation_gap": None,
+        }
+        if exchanged := shuffle_images(self.data):
+            wrong, _ = self._losses(model, exchanged)
+            samples = torch.tensor(sorted(exchanged))
+            shuffled = float(wrong[samples].sum() / tokens[samples].sum())
+            own = float(right[samples].sum() / tokens[samples].sum())
+            report |= {
+                "validation_shuffled": len(exchanged),
+                "validation_loss_shuffled": shuffled,
+                "validation_gap": shuffled - own,
+            }
+        return report
+
+    @torch.no_grad()
+    def _losses(self, model: Llama3VForConditionalGeneration, images_of: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, and the supervised tokens, of every sample: two tensors [samples], float64."""
+        device = next(model.parameters()).device
+        losses = torch.zeros(len(self.data), dtype=torch.float64)
+        tokens = torch.zeros(len(self.data), dtype=torch.float64)
+        rows = pack(self.data.lengths.tolist(), self.row_tokens, seed=0, epoch=0)
+        for first in range(0, len(rows), self.rows_per_pass):
+            some = rows[first : first + self.rows_per_pass]
+            batch = assemble(self.data, some, self.read, model.config.image_token_id, images_of)
+            on_device = batch.to(device)
+            with autocast(device, self.bf16):
+                found = losses_of(hidden_states(model, on_device), on_device.targets, head_of(model))
+            losses.index_add_(0, batch.owners, found.double().cpu())
+            tokens.index_add_(0, batch.owners, torch.ones(len(found), dtype=torch.float64))
+        return losses, tokens
+
+
+def shuffle_images(data: PreparedData) -> dict[int, int]:
+    """Sample -> another sample whose images it gets: of the same grids, so that prompts keep their length.
+
+    Within samples of equal grids, sorted by image, everyone takes the images of the one as many places further on as
+    the most frequent image occurs: so two questions about one picture never exchange the same picture. A sample that
+    finds no other image, or has none, is left out. Deterministic.
+    """
+    groups: dict[tuple[tuple[int, int], ...], list[tuple[list[str], int]]] = defaultdict(list)
+    for sample in range(len(data)):
+        if grids := data.grids_of(sample):
+            groups[grids].append((data.images(sample), sample))
+    exchanged = {}
+    for members in groups.values():
+        members.sort()
+        shift = max(Counter(tuple(images) for images, _ in members).values())
+        for place, (images, sample) in enumerate(members):
+            other_images, other = members[(place + shift) % len(members)]
+            if other_images != images:
+                exchanged[sample] = other
+    return exchanged
