@@ -132,9 +132,7 @@ def shard_header(records: Sequence[Record], fingerprint: str) -> bytes:
 
     Safetensors allows spaces after the JSON. Offsets in it count from the end of the header.
     """
-    entries: dict[str, object] = {
-        "__metadata__": {"format": "llama3v features", "fingerprint": fingerprint, "index": "see the .idx file"}
-    }
+    entries: dict[str, object] = {"__metadata__": {"format": "llama3v features", "fingerprint": fingerprint}}
     position = 0
     for record in records:
         entries[record.key] = {
@@ -205,6 +203,8 @@ def unpack_index(data: bytes, shard: str, fingerprint: str) -> ShardIndex:
         shard_header_checksum=head["shard_header_checksum"].tobytes().hex(),
         rows=np.frombuffer(data[_HEADER.itemsize : -CHECKSUM_BYTES], dtype=RECORD),
     )
+    if len(found.rows) != head["records"]:
+        raise ValueError(f"index has {len(found.rows)} rows and announces {head['records']}")
     if (found.fingerprint, found.shard) != (fingerprint, shard):
         raise ValueError(f"index belongs to shard {found.shard} of fingerprint {found.fingerprint}: it was moved here")
     if found.codec not in SAFETENSORS_TYPE:
