@@ -80,9 +80,7 @@ def test_every_options_dataclass_is_a_verb_and_every_verb_is_public() -> None:
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_a_verbs_help_shows_its_examples_and_options_unmangled(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_verbs_help_shows_its_examples_and_options_unmangled(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = help_of(capsys, verb)
     lines = shown.splitlines()
     examples = examples_of(cli.VERBS[verb])
@@ -154,9 +152,7 @@ def test_options_that_cannot_work_together_are_told_like_every_other_error(
 
 
 @pytest.mark.parametrize("verb", ["ask", "caption"])
-def test_a_verb_that_needs_images_says_so_when_there_are_none(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_verb_that_needs_images_says_so_when_there_are_none(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb]) == 2
     assert capsys.readouterr().err.startswith("llama3v: error: give image files")
 
