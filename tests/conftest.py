@@ -100,7 +100,8 @@ def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTr
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # tied and untrained, it would repeat its last token for ever
+        initializer_range=0.3,  # lively enough that the answer depends on the picture
         bos_token_id=tiny_tokenizer.bos_token_id,
         eos_token_id=tiny_tokenizer.eos_token_id,
         pad_token_id=tiny_tokenizer.pad_token_id,
