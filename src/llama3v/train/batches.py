@@ -68,11 +68,11 @@ class RowPlan:
         self._ends: list[int] = []  # rows up to the end of each epoch that has been packed so far
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The rows of one pass over the data; the last few epochs are kept."""
+        """The rows of one pass over the data; the two that were packed last are kept."""
         if number not in self._epochs:
+            if len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
             self._epochs[number] = pack(self._lengths, self._row_tokens, seed=self._seed, epoch=number)
-            while len(self._epochs) > 2:
-                del self._epochs[min(self._epochs)]
         return self._epochs[number]
 
     def locate(self, step: int) -> tuple[int, int]:
