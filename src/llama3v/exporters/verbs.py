@@ -1,0 +1,107 @@
+"""The verb `export`: a trained model in a stock form, checked before it is called done."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama3v.config import ExportConfig
+from llama3v.errors import CheckpointError
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a trained model in a stock form that other programs load without this package.
+
+    The directory appears whole or not at all: it is written beside `config.out`, checked, and renamed.
+
+    Returns:
+        the summary that also lies in the directory as summary.json: format, form, sizes, warnings, and under "check"
+        the largest differences between the export and this package.
+
+    Raises:
+        CheckpointError: no model there, no stock form for it, an export that disagrees, or an `out` that holds
+            something else.
+    """
+    _refuse_foreign(config.out)
+
+    import transformers
+
+    from llama3v.exporters import check, hf, licence
+    from llama3v.model.llama3v import load_model
+
+    model, tokenizer = load_model(config.model)
+    hf.foldable_tower(model)
+    tokens_per_tile = model.tokens_per_tile
+    with _appearing(config.out) as directory:
+        summary: dict[str, Any] = {"verb": "export", "model": str(config.model)}
+        summary |= hf.write_stock(model, tokenizer, directory, form=config.form, dtype=_stored_type(config.model))
+        summary["warnings"] = licence.warnings(summary["base"], config.out)
+        if config.check:
+            expected = check.reference_outputs(model, tokenizer)
+            del model  # two copies of a large LLM need not be in memory at once
+            summary["check"] = check.compare(expected, directory, tokens_per_tile)
+            if not summary["check"]["template_gives_our_ids"]:
+                summary["warnings"].append(
+                    "this tokenizer joins pieces of the chat template that training kept apart: give the export token "
+                    "ids of llama3v's prompt, not the template's text"
+                )
+        summary["transformers"] = transformers.__version__
+        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _tell(summary, config.out)
+    return summary
+
+
+def _stored_type(name_or_directory: str) -> str:
+    """The type in which the model's weights lie on disk; a model is loaded, and checked, in float32."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(name_or_directory).dtype
+    return str(dtype or "float32").removeprefix("torch.")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """An export may be replaced by another, and an empty directory filled; nothing else is touched."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give --out a directory")
+    if any(out.iterdir()) and not _is_export(out):
+        raise CheckpointError(f"{out} is not empty and holds no earlier export; give another --out")
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return json.loads((directory / "summary.json").read_text()).get("verb") == "export"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to write into; it takes the name `out` when the body succeeds, else it vanishes."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _tell(summary: dict[str, Any], out: Path) -> None:
+    print(f"{out}: {summary['form']}, {summary['tensors']} tensors, {summary['bytes'] / 1e6:,.1f} MB")
+    if "check" in summary:
+        differences = ", ".join(
+            f"{key.replace('_', ' ')} {summary['check'][key]:.1e}" for key in ("features", "visual_tokens", "logits")
+        )
+        print(f"stock transformers agrees: greedy tokens equal; largest differences: {differences}")
+    for warning in summary["warnings"]:
+        print(f"note: {warning}")
