@@ -7,6 +7,7 @@ It needs no torch, so that a process starts in a tenth of a second.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from llama3v.errors import CacheError
+from llama3v.feature_cache.commit import CRASH_VARIABLE
 from llama3v.feature_cache.writer import CacheWriter
 from llama3v.model.slicing import Grid
 
@@ -43,12 +45,29 @@ def write(root: str, numbers: range, records_per_shard: int, seconds: float = 0.
     return writer.committed_records
 
 
-if __name__ == "__main__":
-    root, first, last, per_shard, *rest = sys.argv[1:]
-    pause = float(rest[0]) if rest else 0.0
-    if len(rest) > 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(rest[1]), int(rest[1])))
+def serve() -> None:
+    """Fork a writer for every line `CRASH_AT ROOT FIRST LAST PER_SHARD` on stdin; answer with its exit code.
+
+    A fork takes milliseconds, a new process a tenth of a second and more.
+    """
+    for line in sys.stdin:
+        crash_at, root, first, last, per_shard = line.split()
+        child = os.fork()
+        if child == 0:
+            os.environ[CRASH_VARIABLE] = crash_at
+            write(root, range(int(first), int(last)), int(per_shard))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def main(root: str, first: str, last: str, per_shard: str, pause: str = "0", file_limit: str = "") -> None:
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_limit), int(file_limit)))
     try:
-        print(write(root, range(int(first), int(last)), int(per_shard), pause))
+        print(write(root, range(int(first), int(last)), int(per_shard), float(pause)))
     except CacheError as error:
         sys.exit(f"CacheError: {error}")
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main(*sys.argv[1:])

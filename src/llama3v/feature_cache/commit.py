@@ -60,9 +60,11 @@ def publish(path: Path, chunks: Sequence[bytes | memoryview], what: str) -> Iter
         try:
             crash_point(f"{what}-created")
             for number, chunk in enumerate(chunks):
-                if number == (len(chunks) + 1) // 2:
+                middle = len(chunk) // 2 if number == len(chunks) // 2 else 0
+                if middle:
+                    write_all(descriptor, chunk[:middle])
                     crash_point(f"{what}-half-written")
-                write_all(descriptor, chunk)
+                write_all(descriptor, chunk[middle:])
             crash_point(f"{what}-written")
             flush_to_disk(descriptor)
             crash_point(f"{what}-synced")
