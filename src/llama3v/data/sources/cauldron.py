@@ -2,7 +2,8 @@
 
 A row has `images` (a list, one or null) or `image`, and `texts` (a list of {user, assistant}), or LLaVA's
 `conversations`, or `messages`. Iterating reads no image bytes; an image is read when it is asked for, a few
-rows at a time, so that memory stays flat and training over the cache never touches pixels.
+rows at a time, so that training over the cache never touches pixels, and memory is bounded by the file's pages (of
+a megabyte or more, as their writer chose), not by its size.
 """
 
 import os
@@ -205,7 +206,8 @@ def _open(path: Path) -> "pq.ParquetFile":
         message = f"{path}: reading parquet needs pyarrow; run: pip install 'llama3v[parquet]'"
         raise DataError(message) from error
     try:
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES)  # unbuffered, it loads whole column chunks
+        # Both, or else whole column chunks are loaded: with one row group, all images of the file.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a whole parquet file ({_one_line(error)})") from error
 

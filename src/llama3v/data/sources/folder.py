@@ -51,7 +51,7 @@ class FolderSource:
                 captions.setdefault(name, []).append(caption)
         for name in self._names:
             try:
-                listed = captions.pop(name, None)
+                listed: list[str] | list[str | None] = captions.pop(name, [])
                 for text in listed or [self._caption_beside(name)]:
                     yield Sample(name, (FileImage(name, self.path),), _turns(text))
             except DataError as error:
