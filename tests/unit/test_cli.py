@@ -190,3 +190,19 @@ def test_arguments_that_cannot_be_parsed_exit_with_code_2(
         cli.main(arguments)
     assert stop.value.code == 2
     assert "--help" in capsys.readouterr().err
+
+
+def test_transformers_keeps_quiet_but_downloads_show_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub.utils")
+    logging = pytest.importorskip("transformers.utils.logging")
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        cli._quiet_transformers()
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+        assert not hub.are_progress_bars_disabled()
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
