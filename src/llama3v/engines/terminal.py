@@ -1,0 +1,88 @@
+"""Where the verbs that answer write: the answer, and nothing else, to stdout; messages and progress to stderr."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+from rich.console import Console
+from rich.markup import escape
+
+from llama3v.engines.base import Engine
+from llama3v.errors import ImageError
+from llama3v.model.tiles import MAX_BYTES, decode_image, read_image_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+STDIN = "-"
+PICTURE_COLUMNS = 60
+PICTURE_PIXELS = 1024  # longest side that is sent to the terminal; more only takes time
+
+
+def messages() -> Console:
+    """For everything that is not the answer."""
+    return Console(stderr=True, highlight=False)
+
+
+def open_engine(model: str) -> Engine:
+    """The engine of a model directory or hub name. Raises CheckpointError."""
+    with messages().status(f"Loading {escape(model)}"):
+        from llama3v.engines.torch import TorchEngine  # slow to import
+
+        return TorchEngine(model)
+
+
+def write(text: str) -> None:
+    """The next piece of an answer, at once. A terminal gets no control codes, a pipe gets the text as it is."""
+    if sys.stdout.isatty():
+        text = "".join(c if category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def read_picture(name: str) -> tuple[bytes, "Image.Image"]:
+    """The bytes of an image file, or of stdin for "-", and the picture. Raises ImageError, naming the file."""
+    if name != STDIN:
+        data = read_image_file(name)
+        return data, decode_named(data, name)
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)  # one too many: decode_image says that it is too large
+    return data, decode_named(data, "stdin")
+
+
+def is_file(name: str) -> bool:
+    """Whether there is a file of this name; text that cannot be a name is none."""
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def decode_named(data: bytes, name: str) -> "Image.Image":
+    """decode_image, whose errors then name the file."""
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def show_picture(image: "Image.Image") -> None:
+    """Draw a picture where a person sits at a terminal: in pixels if it can (Kitty, Sixel), else in half cells."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    from textual_image.renderable import Image as Picture  # on import, it asks the terminal what it can
+
+    small = image.copy()
+    small.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+    console = Console()
+    console.print(Picture(small, width=min(PICTURE_COLUMNS, console.width), height="auto"))
+
+
+def write_summary(out: Path | None, summary: dict[str, Any]) -> dict[str, Any]:
+    """Leave summary.json in `out`, if there is one; returns the summary."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary

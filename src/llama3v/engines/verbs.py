@@ -1,0 +1,79 @@
+"""The verbs that answer: `ask` here, `chat` and `caption` in files of their own."""
+
+import time
+from typing import Any
+
+from llama3v import __version__
+from llama3v.config import AskConfig
+from llama3v.data.sources.folder import IMAGE_SUFFIXES
+from llama3v.engines.base import Engine
+from llama3v.engines.captions import caption
+from llama3v.engines.chat import chat
+from llama3v.engines.terminal import STDIN, is_file, open_engine, read_picture, write, write_summary
+from llama3v.errors import ConfigError
+from llama3v.model.prompt import Turn
+from llama3v.model.tiles import image_key
+
+__all__ = ["ask", "caption", "chat"]
+
+
+def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
+    """Answer one question about images (or about none); the answer streams to stdout.
+
+    Args:
+        engine: runs the model; default: a TorchEngine of `config.model`.
+
+    Returns the summary, which is also `config.out`/summary.json: question, answer and timings in seconds. Raises
+    ConfigError, ImageError, PromptError or CheckpointError before any output.
+    """
+    names, question = _images_and_question(config.inputs)
+    pictures = [read_picture(name) for name in names]  # before the model: a bad file is told at once
+    started = time.perf_counter()
+    engine = engine or open_engine(config.model)
+    loaded = time.perf_counter()
+    turns = [Turn("user", question, tuple(range(len(pictures))))]
+    stream = engine.stream(
+        turns,
+        [image for _, image in pictures],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    pieces: list[str] = []
+    first = None
+    for piece in stream:
+        first = first or time.perf_counter()
+        pieces.append(piece)
+        write(piece)
+    write("\n")
+    ended = time.perf_counter()
+    summary = {
+        "verb": "ask",
+        "version": __version__,
+        "model": config.model,
+        "images": [{"file": name, "key": image_key(data)} for name, (data, _) in zip(names, pictures, strict=True)],
+        "question": question,
+        "answer": "".join(pieces),
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "seconds_to_load": round(loaded - started, 3),
+        "seconds_to_first_text": round((first or ended) - loaded, 3),
+        "seconds": round(ended - started, 3),
+    }
+    return write_summary(config.out, summary)
+
+
+def _images_and_question(inputs: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The last argument is the question; raises ConfigError where it can only be an image."""
+    *names, question = inputs
+    if question == STDIN or is_file(question) or (not names and question.lower().endswith(IMAGE_SUFFIXES)):
+        raise ConfigError(
+            f"expected a question as the last argument, found the image {question}; "
+            f'ask for example: llama3v ask {question} "What is this?"'
+        )
+    if not question.strip():
+        raise ConfigError("expected a question as the last argument, found an empty one")
+    if names.count(STDIN) > 1:
+        raise ConfigError('expected at most one "-" (stdin holds one image); name the other images as files')
+    return tuple(names), question
