@@ -122,6 +122,7 @@ def _write_tokenizer(
         )
     # The chat template writes the begin token itself; a post-processor would add a second one.
     backend.post_processor = None
+    _keep_header_apart(backend)
     backend.save(str(directory / "tokenizer.json"))
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -134,6 +135,21 @@ def _write_tokenizer(
         "extra_special_tokens": _framing(new_tokens),
     }
     _write_json(directory / "tokenizer_config.json", {k: v for k, v in content.items() if v is not None})
+
+
+def _keep_header_apart(backend: Any) -> None:
+    """Let the line breaks after a header be one piece, as model/prompt.py writes them, whatever text follows.
+
+    Llama 3's own tokenizer does so; GPT-2's pattern cuts the last line break off a run of them.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    def ids(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    if ids("\n\nA") != ids("\n\n") + ids("A"):
+        split = pre_tokenizers.Split(Regex(r"\A\n\n"), behavior="isolated")  # \A: just after a control token
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
 
 
 def _framing(new_tokens: tuple[str, ...]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 from llama3v.model.projector import Projector
 from llama3v.model.prompt import detect_format
-from llama3v.model.vision import VisionTower, load_tower, make_tower
+from llama3v.model.vision import VisionTower, load_tower, make_tower, refuse_missing
 
 
 class Llama3VConfig(PreTrainedConfig):
@@ -235,12 +235,11 @@ def load_llm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if path.suffix == ".gguf":
         return _load_gguf(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    refuse_missing(name, report["missing_keys"])
     return model, tokenizer
 
 
@@ -253,9 +252,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except ImportError as error:
         raise CheckpointError("reading GGUF needs an extra: pip install 'llama3v[gguf]'") from error
     # transformers marks a model read from GGUF as quantised and then refuses to train it: move the weights to a clean one
-    config = type(source.config)(
-        **{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
-    )
+    config = type(source.config)(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
@@ -279,17 +276,16 @@ def load_model(
         CheckpointError: nothing there, another kind of model, or a tokenizer that does not belong to the LLM.
     """
     path = Path(name_or_directory)
-    if (
-        path.exists()
-        or os.sep in str(name_or_directory).rstrip("/")
-        and str(name_or_directory).count("/") != 1
-    ):
+    if path.exists() or (os.sep in str(name_or_directory).rstrip("/") and str(name_or_directory).count("/") != 1):
         _check_model_directory(path)
     try:
-        model = Llama3VForConditionalGeneration.from_pretrained(name_or_directory, dtype=torch.float32)
+        model, report = Llama3VForConditionalGeneration.from_pretrained(
+            name_or_directory, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name_or_directory)
     except OSError as error:
         raise CheckpointError(f"no Llama 3-V at {name_or_directory}: {str(error).splitlines()[0]}") from error
+    refuse_missing(name_or_directory, report["missing_keys"])
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise CheckpointError(
             f"{name_or_directory}: the tokenizer has {len(tokenizer)} tokens but the LLM {model.config.text_config.vocab_size}; "
@@ -309,9 +305,7 @@ def _check_model_directory(path: Path) -> None:
     except ValueError as error:
         raise CheckpointError(f"{config} is not valid JSON: {error}") from error
     if kind != Llama3VConfig.model_type:
-        raise CheckpointError(
-            f"{path} holds a {kind!r} model, not a Llama 3-V; build one with `llama3v pretrain`"
-        )
+        raise CheckpointError(f"{path} holds a {kind!r} model, not a Llama 3-V; build one with `llama3v pretrain`")
 
 
 AutoConfig.register("llama3v", Llama3VConfig)

@@ -6,6 +6,7 @@ The last layer of the encoder is left out (features come from the penultimate on
 LLaVA-NeXT, LLaVA-OneVision and Bunny do. A second kind of tower is one file: see model/efficientnet.py.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,7 @@ class SiglipTower(VisionTower):
         self.width, self.heads, self.mlp_size = geometry["width"], geometry["heads"], geometry["mlp_size"]
         self.depth, self.cut = geometry["depth"], geometry["cut"]
         if not 0 <= self.cut <= self.depth:
-            raise ConfigError(
-                f"cut is {self.cut}; this tower computes {self.depth} layers, so give 0 to {self.depth}"
-            )
+            raise ConfigError(f"cut is {self.cut}; this tower computes {self.depth} layers, so give 0 to {self.depth}")
         self.embeddings = PatchEmbedding(self.tile_size, patch_size, self.width)
         self.layers = nn.ModuleList(
             SelfAttentionBlock(self.width, self.heads, self.mlp_size) for _ in range(self.depth)
@@ -128,7 +127,9 @@ class SiglipTower(VisionTower):
         """Take the vision half of a SigLIP checkpoint (``SiglipModel`` or ``SiglipVisionModel``), in fp32."""
         from transformers import SiglipVisionModel
 
-        source = SiglipVisionModel.from_pretrained(name_or_directory, dtype=torch.float32)
+        source, report = SiglipVisionModel.from_pretrained(
+            name_or_directory, dtype=torch.float32, output_loading_info=True
+        )
         config = source.config
         if config.hidden_act != "gelu_pytorch_tanh" or config.layer_norm_eps != 1e-6:
             raise CheckpointError(
@@ -150,11 +151,21 @@ class SiglipTower(VisionTower):
         weights = {
             name.removeprefix("encoder."): value
             for name, value in source.state_dict().items()
-            if name.startswith(("embeddings.", "encoder.layers."))
-            and not name.startswith(f"encoder.layers.{depth}.")
+            if name.startswith(("embeddings.", "encoder.layers.")) and not name.startswith(f"encoder.layers.{depth}.")
         }
+        refuse_missing(
+            name_or_directory, {name.removeprefix("encoder.") for name in report["missing_keys"]} & set(weights)
+        )
         tower.load_state_dict(weights)
         return tower.eval()
+
+
+def refuse_missing(source: str | Path, names: Collection[str]) -> None:
+    """CheckpointError where a checkpoint lacked tensors: transformers only warns, and makes them up at random."""
+    if names:
+        raise CheckpointError(
+            f"{source} lacks {len(names)} tensors, such as {min(names)}; the checkpoint is damaged, fetch it again"
+        )
 
 
 def make_tower(geometry: dict[str, Any]) -> VisionTower:
@@ -163,9 +174,7 @@ def make_tower(geometry: dict[str, Any]) -> VisionTower:
 
     kinds = {tower.kind: tower for tower in (SiglipTower, EfficientNetTower)}
     if geometry.get("kind") not in kinds:
-        raise CheckpointError(
-            f"unknown kind of vision tower {geometry.get('kind')!r}; known: {sorted(kinds)}"
-        )
+        raise CheckpointError(f"unknown kind of vision tower {geometry.get('kind')!r}; known: {sorted(kinds)}")
     return kinds[geometry["kind"]](geometry)
 
 
@@ -197,9 +206,7 @@ def load_tower(name_or_directory: str, *, cut: int | None = None) -> VisionTower
             tower = SiglipTower.from_pretrained(name_or_directory, cut)
         except OSError as error:
             first_line = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"vision tower {name_or_directory!r} cannot be loaded: {first_line}"
-            ) from error
+            raise CheckpointError(f"vision tower {name_or_directory!r} cannot be loaded: {first_line}") from error
     return tower.requires_grad_(False).eval()
 
 
