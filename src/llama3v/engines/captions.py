@@ -121,7 +121,7 @@ class _Job:
     def _answer(self, pictures: list[Any]) -> list[str]:
         if not pictures:
             return []
-        self.engine = self.engine or open_engine(self.config.model)
+        self.engine = self.engine or open_engine(self.config.model, quiet=not self.progress.disable)
         turns = [Turn("user", self.config.prompt, (0,))]
         questions = [(turns, [picture]) for picture in pictures]
         answers = self.engine.answer_batch(questions, max_new_tokens=self.config.max_new_tokens)

@@ -91,6 +91,8 @@ def _talk(conversation: Conversation, console: Console) -> None:
         try:
             line = _next_line(console).strip()
         except EOFError:
+            if sys.stdin.isatty():
+                console.print()  # the shell's prompt on a line of its own
             return
         except KeyboardInterrupt:
             console.print(f"\n[dim]{HELP}[/]")

@@ -1,7 +1,9 @@
 """Where the verbs that answer write: the answer, and nothing else, to stdout; messages and progress to stderr."""
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
@@ -26,9 +28,13 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def open_engine(model: str) -> Engine:
-    """The engine of a model directory or hub name. Raises CheckpointError."""
-    with messages().status(f"Loading {escape(model)}"):
+def open_engine(model: str, *, quiet: bool = False) -> Engine:
+    """The engine of a model directory or hub name, with a note on the terminal while it loads. Raises CheckpointError.
+
+    Args:
+        quiet: without the note, for who has a progress bar there already.
+    """
+    with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
         from llama3v.engines.torch import TorchEngine  # slow to import
 
         return TorchEngine(model)
@@ -70,8 +76,8 @@ def decode_named(data: bytes, name: str) -> "Image.Image":
 
 def show_picture(image: "Image.Image") -> None:
     """Draw a picture where a person sits at a terminal: in pixels if it can (Kitty, Sixel), else in half cells."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or 0 in os.get_terminal_size(sys.stdout.fileno()):
+        return  # nobody looks, or the terminal does not know its size (a serial line, some containers)
     from textual_image.renderable import Image as Picture  # on import, it asks the terminal what it can
 
     small = image.copy()
