@@ -1,0 +1,52 @@
+"""What the tests of training share: a small data set of coloured pictures, its cache, and runs in child processes."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
+
+
+def make_pictures(directory: Path, count: int = 16) -> Path:
+    """Pictures of one colour each, some wide enough to be sliced, and a LLaVA JSON that asks for the colour."""
+    random = np.random.default_rng(0)
+    (directory / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        width, height = (40, 40) if number % 8 < 4 else (120, 40)
+        pixels = np.array(COLOURS[colour]) + random.integers(-20, 20, (height, width, 3))
+        name = f"images/{number}.png"
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(directory / name)
+        turns = [("human", "<image>\nWhat colour?"), ("gpt", f"It is {colour}.")]
+        rows.append(
+            {
+                "id": f"picture-{number}",
+                "image": name,
+                "conversations": [{"from": role, "value": text} for role, text in turns],
+            }
+        )
+    path = directory / "train.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    """(step, loss) and (step, validation loss), line by line, as a finished run left them."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record.get("loss", record.get("validation_loss"))) for record in records]
+
+
+def start(verb: str, options: Any) -> Any:
+    """Run a verb in a child process of its own; one server process has imported everything and forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_child"])
+    from training_child import run
+
+    process = context.Process(target=run, args=(verb, options))
+    process.start()
+    return process

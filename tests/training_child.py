@@ -1,0 +1,23 @@
+"""Imported once by the server that forks the children of the fault tests: all that is slow to import is here."""
+
+import os
+import sys
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process: the server, before torch is there
+
+import torch._dynamo
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama
+import transformers.models.siglip.modeling_siglip  # noqa: F401
+
+import llama3v.cli
+import llama3v.train.run
+
+
+def run(verb: str, options: Any) -> None:
+    """What the command line does with parsed options."""
+    torch.set_num_threads(1)
+    functions = {"pretrain": llama3v.train.run.pretrain, "sft": llama3v.train.run.sft}
+    llama3v.cli._run = lambda arguments: functions[verb](options)  # type: ignore[assignment, misc, return-value]
+    sys.exit(llama3v.cli.main([]))
