@@ -19,6 +19,7 @@ import cache_process
 import pytest
 from cache_process import GRID, MANIFEST, RECORD_BYTES, features_of, key_number, write
 
+from llama3v.config import CacheConfig
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
 from llama3v.feature_cache.commit import CRASH_EXIT_CODE, CRASH_POINTS, CRASH_VARIABLE, TEMPORARY
@@ -26,6 +27,7 @@ from llama3v.feature_cache.layout import CachePaths, fingerprint_of
 from llama3v.feature_cache.orphans import collect_orphans, find_orphans
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.refs import Refs, RefsWriter
+from llama3v.feature_cache.tools import cache
 from llama3v.feature_cache.writer import CacheWriter
 
 FINGERPRINT = fingerprint_of(MANIFEST)
@@ -159,6 +161,23 @@ def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(
             file.with_suffix(end) for file in files for end in (".idx", ".safetensors")
         }:
             extra.unlink()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "idx"])
+def test_verify_finds_any_flipped_bit_and_is_content_once_it_is_encoded_anew(tmp_path: Path, suffix: str) -> None:
+    paths = CachePaths(tmp_path, FINGERPRINT)
+    generator = random.Random(suffix)
+    for _ in range(8):
+        write(str(tmp_path), range(RECORDS), PER_SHARD)
+        live = sorted({record.shard for record in CacheReader(tmp_path).records()})
+        path = paths.shards / f"{generator.choice(live)}.{suffix}"
+        flip(path, generator.randrange(8 * path.stat().st_size))
+        with pytest.raises(CacheError, match=f"1 damaged (records|shards): .* in shard {path.stem}"):
+            cache(CacheConfig("verify", tmp_path))
+        write(str(tmp_path), range(RECORDS), PER_SHARD)
+        result = cache(CacheConfig("verify", tmp_path))[FINGERPRINT]
+        assert (result["records"], result["damaged"]) == (RECORDS, [])
+        assert check_records(tmp_path, RECORDS) == RECORDS
 
 
 def read_all(root: Path) -> None:

@@ -101,6 +101,14 @@ class Index:
             position = view.keys.order[place]
             yield view.record(position)
 
+    def records_set_aside(self, shard: str) -> Iterator[Record]:
+        """What a shard that is set aside as a whole held; nothing where its index cannot be trusted either."""
+        try:
+            index = unpack_index(self.paths.index(shard).read_bytes(), shard, self.paths.fingerprint)
+        except (ValueError, OSError):
+            return
+        yield from (index.record(number) for number in range(len(index.rows)))
+
     def set_aside(self, damage: Iterable[tuple[str, str, str]]) -> None:
         """Mark (shard, key, reason) as damaged, for everyone, from now on; an empty key means the whole shard.
 

@@ -125,10 +125,7 @@ class CacheReader:
 
     def content_digest(self) -> str:
         """Hash over all logical records (key, grid, checksum): equal for caches with equal content."""
-        digest = hashlib.blake2b(digest_size=16)
-        for record in self.records():
-            digest.update(f"{record.key} {record.grid.columns}x{record.grid.rows} {record.checksum}\n".encode())
-        return digest.hexdigest()
+        return content_digest(self._index)
 
     def close(self) -> None:
         """Close the shards' files; reading opens them again."""
@@ -222,6 +219,14 @@ class CacheReader:
         except CacheError as error:  # the damage is the news; that it could not be marked is told beside it
             return _DamageError(f"{reason}; {error}")
         return _DamageError(reason)
+
+
+def content_digest(index: Index) -> str:
+    """See `CacheReader.content_digest`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in index.records():
+        digest.update(f"{record.key} {record.grid.columns}x{record.grid.rows} {record.checksum}\n".encode())
+    return digest.hexdigest()
 
 
 class _DamageError(Exception):

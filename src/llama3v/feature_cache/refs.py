@@ -33,19 +33,21 @@ class RefsWriter:
     """Appends what is not there yet, so that running again changes nothing."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._known = {_pair(entry["name"], entry["key"]) for entry in journal.read(path)}
         self._pending: list[dict[str, str]] = []
 
-    def add(self, name: str, key: str) -> None:
+    def add(self, name: str, key: str) -> int:
+        """Returns how many lines wait for `flush`."""
         pair = _pair(name, key)
         if pair not in self._known:
             self._known.add(pair)
             self._pending.append({"name": name, "key": key})
+        return len(self._pending)
 
     def flush(self) -> None:
         """Append what was added. Raises OSError if that is impossible; nothing is forgotten then."""
-        journal.append(self._path, self._pending)
+        journal.append(self.path, self._pending)
         self._pending = []
 
 

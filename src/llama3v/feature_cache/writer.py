@@ -89,13 +89,14 @@ class CacheWriter:
         """Number of committed logical records, as of this writer's last commit."""
         return len(self._index)
 
-    def add(self, key: str, features: "torch.Tensor", grid: Grid) -> bool:
+    def add(self, key: str, features: "torch.Tensor", grid: Grid, name: str = "") -> bool:
         """Add the features of one image; commit if the shard is full.
 
         Args:
             key: `image_key` of the image's bytes.
             features: [n_tiles, tokens, width], any float type; stored in bf16. Tiles in the order of `make_tiles`.
             grid: the image's grid; `grid.tiles` is n_tiles.
+            name: name of the image, for messages.
 
         Returns:
             False if the key is already there: nothing is written then.
@@ -106,13 +107,13 @@ class CacheWriter:
         import torch
 
         stored = features.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-        return self.add_bytes(key, stored.view(torch.uint16).numpy(), grid)
+        return self.add_bytes(key, stored.view(torch.uint16).numpy(), grid, name)
 
-    def add_bytes(self, key: str, features: np.ndarray, grid: Grid) -> bool:
+    def add_bytes(self, key: str, features: np.ndarray, grid: Grid, name: str = "") -> bool:
         """`add` for what is already in bf16: uint16 [n_tiles, tokens, width], the bits of the values."""
         if key in self:
             return False
-        record, data = _make_record(key, features, grid)
+        record, data = _make_record(key, features, grid, name)
         self._pending[key] = (record, data)
         self._pending_bytes += len(data)
         if self._pending_bytes >= self.shard_bytes:
@@ -199,23 +200,24 @@ class CacheWriter:
         )
 
 
-def _make_record(key: str, features: np.ndarray, grid: Grid) -> tuple[Record, bytes]:
+def _make_record(key: str, features: np.ndarray, grid: Grid, name: str) -> tuple[Record, bytes]:
     """Check a record's shape and values. Its offset is not known yet."""
     key_bytes(key)
+    image = f"image {key} ({name})" if name else f"image {key}"
     if features.dtype != np.uint16 or features.ndim != 3 or 0 in features.shape:
         raise CacheError(
-            f"features of image {key} are {features.dtype} of shape {list(features.shape)}; "
+            f"features of {image} are {features.dtype} of shape {list(features.shape)}; "
             "expected bf16 bits (uint16) [n_tiles, tokens, width]"
         )
     if features.shape[0] != grid.tiles:
         raise CacheError(
-            f"features of image {key} have {features.shape[0]} tiles, and a grid of {grid.columns} x {grid.rows} "
+            f"features of {image} have {features.shape[0]} tiles, and a grid of {grid.columns} x {grid.rows} "
             f"has {grid.tiles} with the overview; give the grid that make_tiles returned"
         )
     not_finite = int(np.count_nonzero((features & _BF16_EXPONENT) == _BF16_EXPONENT))
     if not_finite:
         raise CacheError(
-            f"features of image {key} have {not_finite} NaN or infinite values of {features.size}; they are not "
+            f"features of {image} have {not_finite} NaN or infinite values of {features.size}; they are not "
             "stored. Look for broken weights, or encode with --precision fp32"
         )
     data = features.astype("<u2", copy=False).tobytes()

@@ -1,0 +1,326 @@
+"""The encode pass: run the trunk of the vision tower once over every image of a data set, and keep its features.
+
+    source -> pipeline.py: read, hash, decode, cut, batch -> the tower -> a writing thread: CacheWriter
+
+Run again after anything: what is committed is not encoded again.
+"""
+
+import json
+import operator
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from llama3v.config import EncodeConfig
+from llama3v.data.ledger import Ledger
+from llama3v.data.sources import ImageRef, Rejected, Source, open_source
+from llama3v.errors import CacheError, ConfigError
+from llama3v.feature_cache.commit import publish
+from llama3v.feature_cache.layout import CachePaths, fingerprint_of, manifest_of
+from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches
+from llama3v.feature_cache.progress import EncodeProgress
+from llama3v.feature_cache.refs import RefsWriter
+from llama3v.feature_cache.writer import CacheWriter
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama3v.model.vision import VisionTower
+
+EARLIEST_STOP = 100
+"""Images after which the share of bad ones is judged for the first time; at the end it is judged in any case."""
+REFS_BETWEEN_FLUSHES = 1000
+WRITES_UNDER_WAY = 64
+"""Images whose features wait for the writing thread, at most."""
+
+
+def encode(config: EncodeConfig) -> dict[str, Any]:
+    """Run the vision tower over a data set and commit its features to the cache.
+
+    Returns:
+        The summary, which is also written to <out>/summary.json: counts of samples and images, tiles and tiles per
+        second (over the whole loop), wait_share (the share of the loop in which the tower did not compute), bytes,
+        fingerprint.
+
+    Raises:
+        DataError: the data set cannot be opened, or too many of its images are bad.
+        CacheError: the cache cannot be written, or features are not finite.
+        KeyboardInterrupt: stopped by SIGINT or SIGTERM, after committing what was complete.
+    """
+    from llama3v.model.vision import load_tower
+
+    source = open_source(config.data, config.limit)
+    max_tiles = _max_tiles(config)
+    tower = load_tower(config.vision, cut=config.cut)
+    manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles)
+    paths = CachePaths(config.cache, fingerprint_of(manifest))
+    out = config.out or paths.directory / "runs" / source.name
+    writer = CacheWriter(config.cache, manifest, shard_bytes=config.shard_mb << 20)
+    encoding = _Encoding(config, max_tiles, source, tower, writer, Ledger(out / "ledger.jsonl"))
+    with _sigterm_as_interrupt():
+        encoding.run()
+    summary = {"data": config.data, "source": source.digest, "vision": config.vision} | encoding.summary()
+    _write_summary(out / "summary.json", summary)
+    print(_in_words(summary, paths.directory, out))
+    return summary
+
+
+@dataclass
+class Counts:
+    """What a pass has met so far."""
+
+    samples: int = 0
+    images: int = 0
+    encoded: int = 0
+    already_cached: int = 0
+    duplicates: int = 0
+    """Images whose bytes were met before in this pass."""
+    left_out: int = 0
+    """Images that cannot be used, and rows that cannot be understood."""
+    left_out_rows: int = 0
+    tiles: int = 0
+    tower_seconds: float = 0.0
+
+    def wait_share(self, seconds: float) -> float:
+        """Share of the time in which the tower did not compute; 0 where it had nothing to do."""
+        return max(0.0, 1 - self.tower_seconds / seconds) if self.tiles else 0.0
+
+
+class _Encoding:
+    """One pass over one source."""
+
+    def __init__(
+        self,
+        config: EncodeConfig,
+        max_tiles: int,
+        source: Source,
+        tower: "VisionTower",
+        writer: CacheWriter,
+        ledger: Ledger,
+    ) -> None:
+        import torch
+
+        self.config, self.source, self.writer, self.ledger = config, source, writer, ledger
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tower = tower.to(self.device)
+        self.refs = RefsWriter(writer.paths.refs(source.digest))
+        self.counts = Counts()
+        self.seconds = 0.0
+        self.progress = EncodeProgress(self.counts, source.name, operator.length_hint(source) or None)
+        self.preparer = Preparer(
+            self._is_known, tower.tile_size, max_tiles, depth=2 * config.batch_tiles, workers=_workers()
+        )
+        self._met: set[bytes] = set()  # keys of this pass, 16 bytes each
+        self._bad: dict[str, str] = {}  # key -> reason
+        self._writing: deque[Future] = deque()
+        self._parts: list[torch.Tensor] = []  # features of the picture that the last batch cut off
+
+    def run(self) -> None:
+        """Encode everything. Whatever stops it, what is complete is committed."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(1, "write") as pool, self.progress:
+            try:
+                for batch in make_batches(self._pictures(), self.config.batch_tiles):
+                    self._hand_over(pool, batch, self._features(batch))
+                    self.progress.update()
+                self._check_ratio()
+            except CacheError:  # of the writer, which would fail again
+                for write in self._writing:
+                    write.cancel()
+                raise
+            except KeyboardInterrupt:
+                self._finish()
+                raise KeyboardInterrupt(
+                    f"{self.counts.encoded:,} images of this run are encoded and committed; "
+                    "run the same command to go on"
+                ) from None
+            except BaseException:
+                self._finish()
+                raise
+            self._finish()
+            self.progress.update()
+        self.seconds = time.perf_counter() - started
+
+    def summary(self) -> dict[str, Any]:
+        """The counts and what follows from them."""
+        counts, seconds = self.counts, max(self.seconds, 1e-9)
+        return asdict(counts) | {
+            "seconds": self.seconds,
+            "images_per_second": counts.images / seconds,
+            "tiles_per_second": counts.tiles / seconds,
+            "wait_share": counts.wait_share(seconds),
+            "bytes": self.writer.committed_bytes,
+            "records_in_cache": len(self.writer),
+            "fingerprint": self.writer.fingerprint,
+            "device": str(self.device),
+            "precision": self.config.precision,
+            "shards_set_aside": dict(self.writer.set_aside),
+        }
+
+    def _images(self) -> Iterator[tuple[str, ImageRef]]:
+        """(sample id, image) of every image of the source."""
+        for row in self.source:
+            self.counts.samples += 1
+            if isinstance(row, Rejected):
+                self.counts.left_out += 1
+                self.counts.left_out_rows += 1
+                self.ledger.leave_out(row.id, row.reason)
+                self._check_ratio(early=True)
+            else:
+                yield from ((row.id, image) for image in row.images)
+
+    def _is_known(self, key: str) -> bool:
+        short = bytes.fromhex(key)
+        if short in self._met:
+            self.counts.duplicates += 1
+        elif key in self.writer:
+            self.counts.already_cached += 1
+        else:
+            self._met.add(short)
+            return False
+        return True
+
+    def _pictures(self) -> Iterator[Picture]:
+        """The pictures that the tower must see; what is to be noted about all images is noted here."""
+        for outcome in self.preparer.outcomes(self._images()):
+            self.counts.images += 1
+            if self.counts.images % self.config.batch_tiles == 0:
+                self.progress.update()  # also where nothing needs encoding
+            if isinstance(outcome, Unreadable):
+                self._leave_out(outcome)
+            elif outcome.key in self._bad:  # the same bytes again
+                self._leave_out(Unreadable(outcome.sample, outcome.name, outcome.key, self._bad[outcome.key]))
+            else:
+                if self.refs.add(outcome.name, outcome.key) >= REFS_BETWEEN_FLUSHES:
+                    self._flush_refs()
+                if not isinstance(outcome, Found):
+                    yield outcome
+
+    def _leave_out(self, image: Unreadable) -> None:
+        self.counts.left_out += 1
+        if image.key:
+            self._bad[image.key] = image.reason
+        self.ledger.leave_out(image.sample, image.reason, image=image.name)
+        self.writer.quarantine(image.name, image.reason)
+        self._check_ratio(early=True)
+
+    def _check_ratio(self, early: bool = False) -> None:
+        total = self.counts.images + self.counts.left_out_rows
+        if not early or total >= EARLIEST_STOP:
+            self.ledger.check_ratio(total, self.config.max_bad_ratio)
+
+    def _features(self, batch: Batch) -> "torch.Tensor":
+        """bf16 [batch_tiles, patches, width], on the CPU."""
+        import torch
+
+        from llama3v.model.tiles import to_pixels
+
+        pixels = to_pixels(batch.tiles, self.tower.mean, self.tower.std)
+        started = time.perf_counter()
+        lower = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with torch.no_grad(), lower:
+            features = self.tower.trunk(pixels.to(self.device)).to(torch.bfloat16).cpu()
+        self.counts.tower_seconds += time.perf_counter() - started
+        return features
+
+    def _hand_over(self, pool: ThreadPoolExecutor, batch: Batch, features: "torch.Tensor") -> None:
+        """Give the features of every picture that is now complete to the writing thread."""
+        import torch
+
+        position = 0
+        for picture, count in batch.pieces:
+            self._parts.append(features[position : position + count])
+            position += count
+            n_tiles = len(picture.tiles.pixels)
+            if sum(len(part) for part in self._parts) == n_tiles:
+                whole, self._parts = torch.cat(self._parts), []
+                add = self.writer.add
+                self._writing.append(pool.submit(add, picture.key, whole, picture.tiles.grid, picture.name))
+                self.counts.encoded += 1
+                self.counts.tiles += n_tiles
+        while self._writing and (len(self._writing) > WRITES_UNDER_WAY or self._writing[0].done()):
+            self._writing.popleft().result()
+
+    def _finish(self) -> None:
+        while self._writing:
+            self._writing.popleft().result()
+        self.writer.commit()
+        self._flush_refs()
+
+    def _flush_refs(self) -> None:
+        try:
+            self.refs.flush()
+        except OSError as error:
+            raise CacheError(
+                f"cannot write {self.refs.path} ({error.strerror}); mend that and run the same command again"
+            ) from error
+
+
+def _max_tiles(config: EncodeConfig) -> int:
+    """The option; for a Llama 3-V model directory, the model's own."""
+    path = Path(config.vision) / "config.json"
+    model = json.loads(path.read_bytes()) if path.is_file() else {}
+    if model.get("model_type") != "llama3v":
+        return config.max_tiles
+    default = EncodeConfig.__dataclass_fields__["max_tiles"].default
+    if config.max_tiles not in (default, model["max_tiles"]):
+        raise ConfigError(
+            f"{config.vision}: this model's max_tiles is {model['max_tiles']}, not {config.max_tiles}; "
+            "leave --max-tiles away"
+        )
+    return model["max_tiles"]
+
+
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a batch system or a spot machine wants its CPU back) stops the pass as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    try:
+        with publish(path, [json.dumps(summary, indent=2).encode() + b"\n"], "summary"):
+            pass
+    except OSError as error:
+        raise CacheError(
+            f"the features are committed, but {path} cannot be written ({error.strerror}); mend that and run the "
+            "same command again"
+        ) from error
+
+
+def _in_words(summary: dict[str, Any], directory: Path, out: Path) -> str:
+    words = [
+        f"{summary['images']:,} images: {summary['encoded']:,} encoded "
+        f"({summary['tiles']:,} tiles, {summary['tiles_per_second']:,.1f} tiles/s, "
+        f"{summary['wait_share']:.0%} waiting), {summary['already_cached']:,} were cached, "
+        f"{summary['duplicates']:,} duplicates"
+    ]
+    if summary["left_out"]:
+        words.append(f"{summary['left_out']:,} left out (reasons: {out / 'ledger.jsonl'})")
+    for shard, reason in summary["shards_set_aside"].items():
+        words.append(f"shard {shard} was damaged and is set aside ({reason})")
+    return "; ".join([*words, f"cache: {directory}"])
