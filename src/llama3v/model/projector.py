@@ -82,8 +82,7 @@ class Projector(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         for block in self.blocks:
+            assert isinstance(block, SelfAttentionBlock)  # a ModuleList forgets the type
             start_as_identity(block)
         self.norm.reset_parameters()
-        self.linear.weight.normal_(
-            std=embedding_rms / math.sqrt(self.linear.in_features), generator=generator
-        )
+        self.linear.weight.normal_(std=embedding_rms / math.sqrt(self.linear.in_features), generator=generator)

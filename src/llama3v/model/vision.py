@@ -127,9 +127,7 @@ class SiglipTower(VisionTower):
         """Take the vision half of a SigLIP checkpoint (``SiglipModel`` or ``SiglipVisionModel``), in fp32."""
         from transformers import SiglipVisionModel
 
-        source, report = SiglipVisionModel.from_pretrained(
-            name_or_directory, dtype=torch.float32, output_loading_info=True
-        )
+        source, missing = load_stock(SiglipVisionModel, name_or_directory)
         config = source.config
         if config.hidden_act != "gelu_pytorch_tanh" or config.layer_norm_eps != 1e-6:
             raise CheckpointError(
@@ -153,15 +151,22 @@ class SiglipTower(VisionTower):
             for name, value in source.state_dict().items()
             if name.startswith(("embeddings.", "encoder.layers.")) and not name.startswith(f"encoder.layers.{depth}.")
         }
-        refuse_missing(
-            name_or_directory, {name.removeprefix("encoder.") for name in report["missing_keys"]} & set(weights)
-        )
+        refuse_missing(name_or_directory, {name.removeprefix("encoder.") for name in missing} & set(weights))
         tower.load_state_dict(weights)
         return tower.eval()
 
 
+def load_stock(kind: Any, source: str | Path) -> tuple[Any, set[str]]:
+    """`kind.from_pretrained(source)` in fp32, and the names of the tensors that the checkpoint lacked.
+
+    transformers only warns of those, and makes them up at random: see `refuse_missing`.
+    """
+    model, report = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    return model, set(report["missing_keys"])
+
+
 def refuse_missing(source: str | Path, names: Collection[str]) -> None:
-    """CheckpointError where a checkpoint lacked tensors: transformers only warns, and makes them up at random."""
+    """CheckpointError where a checkpoint lacked tensors that are needed."""
     if names:
         raise CheckpointError(
             f"{source} lacks {len(names)} tensors, such as {min(names)}; the checkpoint is damaged, fetch it again"
