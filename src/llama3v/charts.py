@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, float | None]]
+"""(x, y); None is no value, as in a metrics file whose loss was not finite."""
 
 # More points than this are a cloud: they are drawn faintly, with their running mean on top.
 CLOUD = 200
@@ -53,7 +54,7 @@ def draw_lines(
 ) -> bytes:
     """Draw curves and return a PNG, about 1300 pixels wide (`narrow`, for phones: 900, with larger letters).
 
-    `series`: name -> points (x, y). What cannot be drawn (not finite, or not above 0 where `log_y`) leaves a
+    `series`: name -> points (x, y). What cannot be drawn (None, not finite, or not above 0 where `log_y`) leaves a
     gap. A series of more than `CLOUD` points is drawn faintly, with its running mean in full colour.
     """
     figure, axes = _empty_axes(x_label, y_label, log_y, theme, narrow)
@@ -117,7 +118,7 @@ def _empty_axes(x_label: str, y_label: str, log_y: bool, theme: Theme, narrow: b
 
 def _drawable(points: Points, log_y: bool) -> tuple[list[float], list[float]]:
     x = [float(a) for a, _ in points]
-    y = [float(b) if math.isfinite(b) and not (log_y and b <= 0) else math.nan for _, b in points]
+    y = [math.nan if b is None or (log_y and b <= 0) or math.isinf(b) else float(b) for _, b in points]
     return x, y
 
 

@@ -156,7 +156,7 @@ def test_a_row_that_does_not_fit_its_table_is_refused() -> None:
 
 
 def test_a_plot_without_any_value_is_drawn_as_such() -> None:
-    for series in ({}, {"loss": []}, {"loss": [(0, float("nan"))]}):
+    for series in ({}, {"loss": []}, {"loss": [(0, float("nan")), (1, None)]}):
         assert png_size(charts.draw_lines(series, "step", "loss"))[0] > 500
 
 
