@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Llama3VError as error:
         print(f"llama3v: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("llama3v: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        message = _one_line(stop)  # what was kept and how to go on, where the verb says it
+        print(f"llama3v: interrupted{': ' if message else ''}{message}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _discard_output()
@@ -108,7 +109,7 @@ def _quiet_transformers() -> None:
         enable_progress_bars()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """The message without line breaks, and without the escape codes that a file's name may carry."""
     words = " ".join(str(error).split())
     return "".join(character if character.isprintable() else "?" for character in words)

@@ -49,7 +49,7 @@ def publish(path: Path, chunks: Sequence[bytes | memoryview], what: str) -> Iter
     """Write `chunks` durably as `path`, then hold the file's lock while the body runs.
 
     Args:
-        what: "manifest", "shard" or "index"; names the crash points.
+        what: "manifest", "shard", "index"...; names the crash points.
 
     Raises:
         OSError: the file could not be written (disk full, no permission); nothing is left under `path`.

@@ -68,6 +68,7 @@ class CacheReader:
         Raises:
             CacheError: a shard or an index is truncated, damaged, missing or foreign.
         """
+        self._refs.clear()
         self._index.refresh()
         if self._index.broken:
             name, reason = next(iter(self._index.broken.items()))

@@ -7,9 +7,10 @@ readers take for one.
 
 import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -174,7 +175,7 @@ class CacheWriter:
         header = shard_header([record for record, _ in self._pending.values()], self.fingerprint)
         records, offset = [], len(header)
         for record, _ in self._pending.values():
-            records.append(_at(record, offset, shard))
+            records.append(replace(record, offset=offset, shard=shard))
             offset += record.bytes
         index = pack_index(shard, self.fingerprint, CODEC, records, header)
         data = [data for _, data in self._pending.values()]
@@ -227,8 +228,3 @@ def _make_record(key: str, features: np.ndarray, grid: Grid, name: str) -> tuple
         Record(key, 0, len(data), (n_tiles, tokens, width), CODEC, grid, checksum_of(data).hex()),
         data,
     )
-
-
-def _at(record: Record, offset: int, shard: str) -> Record:
-    values: dict[str, Any] = {**record.__dict__, "offset": offset, "shard": shard}
-    return Record(**values)
