@@ -16,7 +16,7 @@ from llama3v.config import CaptionConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
 from llama3v.engines.base import Engine
-from llama3v.engines.terminal import decode_named, messages, open_engine, write, write_summary
+from llama3v.engines.terminal import decode_named, messages, open_engine, printable, write, write_summary
 from llama3v.errors import ConfigError, DataError, ImageError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key, read_image_file
@@ -133,12 +133,12 @@ class _Job:
         self.left_out += 1
         if self.ledger is not None:
             self.ledger.leave_out(name, str(error))
-        self.progress.console.print(escape(f"left out: {error}"))
+        self.progress.console.print(escape(printable(f"left out: {error}")))
 
     def _show(self, name: str, text: str) -> None:
         line = text if self.alone else f"{name}\t{text}"
         if sys.stdout.isatty() and not self.progress.disable:
-            self.progress.console.print(line, markup=False)  # above the bar, on the same screen
+            self.progress.console.print(printable(line), markup=False)  # above the bar, on the same screen
         else:
             write(line + "\n")
 

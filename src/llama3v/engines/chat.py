@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from llama3v.config import ChatConfig
 from llama3v.engines.base import Engine
-from llama3v.engines.terminal import is_file, messages, open_engine, read_picture, show_picture, write
+from llama3v.engines.terminal import is_file, messages, open_engine, printable, read_picture, show_picture, write
 from llama3v.errors import ConfigError, Llama3VError
 from llama3v.model.prompt import Turn
 
@@ -102,7 +102,7 @@ def _talk(conversation: Conversation, console: Console) -> None:
         try:
             _obey(line, conversation, console)
         except Llama3VError as error:
-            console.print(f"[red]{escape(str(error))}[/]")
+            console.print(f"[red]{escape(printable(str(error)))}[/]")
 
 
 def _next_line(console: Console) -> str:

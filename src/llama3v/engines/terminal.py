@@ -40,10 +40,15 @@ def open_engine(model: str, *, quiet: bool = False) -> Engine:
         return TorchEngine(model)
 
 
+def printable(text: str) -> str:
+    """Text without control codes: neither a model nor the name of a file gets to command the terminal."""
+    return "".join(c if category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def write(text: str) -> None:
     """The next piece of an answer, at once. A terminal gets no control codes, a pipe gets the text as it is."""
     if sys.stdout.isatty():
-        text = "".join(c if category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        text = printable(text)
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
