@@ -155,6 +155,6 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_in_words(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
-        lines = [_in_words(item).replace("\n", "  ") for item in value[:SHOWN]]
+        lines = [" ".join(filter(None, item.values())) if isinstance(item, dict) else item for item in value[:SHOWN]]
         return "\n".join([*lines, f"and {len(value) - SHOWN} more"] if len(value) > SHOWN else lines) or "none"
     return str(value)
