@@ -218,7 +218,7 @@ def test_changed_data_at_resume_is_refused(interrupted, stage1_options, data, tm
     rows[3]["conversations"][1]["value"] = "It is purple."
     changed = data.with_name("changed.json")
     changed.write_text(json.dumps(rows))
-    with pytest.raises(CheckpointError, match=r"data\.digest was"):
+    with pytest.raises(CheckpointError, match=r"made_from\.sources was"):
         run.pretrain(PretrainConfig(out=interrupted, **{**stage1_options, "data": (str(changed),)}), console=quiet())
 
 

@@ -143,10 +143,15 @@ def test_loss_of_no_position_is_zero():
 def test_head_on_supervised_positions_equals_the_loss_of_full_logits(model):
     ids, supervised, features = make_samples(model)[1]
     batch = make_batch([[(ids, supervised, features)]], length=len(ids))
-    ours = supervised_loss(hidden_states(model, batch), batch.targets, head_of(model), batch.supervised)
+    ours = supervised_loss(hidden_states(model, batch), batch.targets, head_of(model), batch.supervised_tokens)
     labels = ids.masked_fill(~supervised, -100)
     theirs = model(input_ids=ids[None], features=features, labels=labels[None]).loss
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def with_total(*batches):
+    total = sum(batch.supervised_tokens for batch in batches)
+    return [(batch, total) for batch in batches]
 
 
 class _KeepGradients(torch.optim.Optimizer):
@@ -172,7 +177,7 @@ def test_accumulation_gives_equal_gradients(model, passes):
         size = len(rows) // passes
         batches = [make_batch(rows[first : first + size], length=16) for first in range(0, len(rows), size)]
         optimizer = _KeepGradients(trained)
-        loss, norm = train_step(model, optimizer, batches, trained, clip_norm=1e9)
+        loss, norm = train_step(model, optimizer, with_total(*batches), trained, clip_norm=1e9)
         return loss, norm, optimizer.gradients
 
     once, split = gradients(1), gradients(passes)
@@ -188,7 +193,8 @@ def test_a_pass_without_images_trains_nothing_where_only_the_projector_trains(mo
     trained = list(model.projector.parameters())
     before = [p.clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
-    loss, norm = train_step(model, optimizer, [make_batch([[make_samples(model)[2]]], 8)], trained, clip_norm=1)
+    passes = with_total(make_batch([[make_samples(model)[2]]], 8))
+    loss, norm = train_step(model, optimizer, passes, trained, clip_norm=1)
     assert loss > 0
     assert norm == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
@@ -201,11 +207,9 @@ def test_a_step_that_is_not_finite_changes_nothing(model):
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     before = [p.clone() for p in trained]
 
-    def poison():
-        trained[0].grad[0] = float("nan")
-
-    samples = make_samples(model)
-    _, norm = train_step(model, optimizer, [make_batch([samples], 24)], trained, clip_norm=1, before_update=poison)
+    trained[0].register_hook(lambda gradient: gradient * float("nan"))
+    passes = with_total(make_batch([make_samples(model)], 24))
+    _, norm = train_step(model, optimizer, passes, trained, clip_norm=1)
     assert norm != norm
     assert not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))

@@ -38,7 +38,7 @@ class Batch:
     text_tokens: int
 
     @property
-    def supervised(self) -> int:
+    def supervised_tokens(self) -> int:
         return len(self.targets)
 
     @property
@@ -58,14 +58,35 @@ class Batch:
         return replace(self, **moved)
 
 
-class RowPlan:
-    """Which rows each step takes: a pure function of (seed, step). The epochs' rows follow one another without a gap."""
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass of a step."""
 
-    def __init__(self, lengths: Sequence[int], row_tokens: int, rows_per_step: int, seed: int) -> None:
+    epoch: int
+    supervised_of_step: int
+    batch: Batch
+
+
+class RowPlan:
+    """Which rows each step takes: a pure function of (seed, step). The epochs' rows follow one another without a gap.
+
+    Args:
+        lengths: tokens of every sample.
+        row_tokens: length of a row.
+        rows_per_step: rows of a step, in passes of `rows_per_pass` (the last one of a step may have fewer).
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], row_tokens: int, rows_per_step: int, rows_per_pass: int, seed: int
+    ) -> None:
         self._lengths, self._row_tokens, self._seed = list(lengths), row_tokens, seed
-        self.rows_per_step = rows_per_step
+        self.rows_per_step, self.rows_per_pass = rows_per_step, min(rows_per_pass, rows_per_step)
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends: list[int] = []  # rows up to the end of each epoch that has been packed so far
+
+    @property
+    def passes_per_step(self) -> int:
+        return -(-self.rows_per_step // self.rows_per_pass)
 
     def epoch(self, number: int) -> list[list[int]]:
         """The rows of one pass over the data; the two that were packed last are kept."""
@@ -93,6 +114,11 @@ class RowPlan:
             epoch, first = epoch + 1, 0
         return rows
 
+    def epochs_in(self, steps: int) -> float:
+        """Passes over the data that a number of steps makes."""
+        epoch, row = self.locate(steps)
+        return round(epoch + row / len(self.epoch(epoch)), 3)
+
     def steps_for(self, epochs: float) -> int:
         """Steps that show every sample at least `epochs` times (the last step is filled from the next epoch)."""
         whole, part = int(epochs), epochs - int(epochs)
@@ -100,6 +126,20 @@ class RowPlan:
         if part:
             rows += part * len(self.epoch(whole))
         return max(1, int(np.ceil(rows / self.rows_per_step)))
+
+
+def make_pass(
+    number: int, plan: RowPlan, data: PreparedData, read: Callable[[str], Tensor], image_token_id: int
+) -> Pass:
+    """The pass of that number, counted over all steps from 0. Arguments as of `assemble`."""
+    step, part = divmod(number, plan.passes_per_step)
+    rows = plan.rows(step)
+    some = rows[part * plan.rows_per_pass : (part + 1) * plan.rows_per_pass]
+    return Pass(
+        epoch=plan.locate(step)[0],
+        supervised_of_step=sum(int(data.labels[sample]) for row in rows for sample in row),
+        batch=assemble(data, some, read, image_token_id),
+    )
 
 
 def assemble(

@@ -15,8 +15,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,14 +176,31 @@ class Checkpoints:
         size = sum(t.numel() * t.element_size() for tensors in (weights, optimizer) for t in tensors.values())
         before = self._candidates()
         rest = f"the checkpoint before it ({before[0].name}) is intact" if before else "there is none before it"
-        number = getattr(error, "errno", None)
-        full = number in _NO_SPACE or any(os.strerror(code) in str(error) for code in _NO_SPACE)
-        if full:
+        if _means_full(error):
             return CheckpointError(
                 f"{final}: no space for a checkpoint of {size / 1e6:,.1f} MB; {rest}; "
                 "free some space and run the same command to resume"
             )
         return CheckpointError(f"{final}: cannot be written ({error}); {rest}; mend that and run the same command")
+
+
+@contextmanager
+def told_when_full(directory: Path) -> Iterator[None]:
+    """Turn a full disk, wherever it shows while a run writes to `directory`, into a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _means_full(error):
+            raise
+        raise CheckpointError(
+            f"{directory}: no space left ({error}); the checkpoints written so far are intact; free some space and run "
+            "the same command to resume"
+        ) from error
+
+
+def _means_full(error: Exception) -> bool:
+    # safetensors tells the system's error in words only
+    return getattr(error, "errno", None) in _NO_SPACE or any(os.strerror(code) in str(error) for code in _NO_SPACE)
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

@@ -5,19 +5,26 @@ features at the cut --top, projector--> visual tokens --splice--> embeddings --L
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llama3v.errors import ConfigError
+from llama3v.errors import CacheError, ConfigError
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
-from llama3v.train.batches import Ahead, Batch, attention_mask
-from llama3v.train.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer, restore_weights
+from llama3v.train.batches import Ahead, Batch, Pass, attention_mask
+from llama3v.train.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_weights,
+)
 from llama3v.train.loss import supervised_loss
 from llama3v.train.meter import COUNTED, Meter, MetricsLog, ProgressLine
 from llama3v.train.signals import StopRequest
@@ -35,111 +42,117 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How a run goes on from step to step."""
+
+    steps: int
+    passes_per_step: int
+    warmup: float
+    clip_norm: float
+    bf16: bool
+    checkpoint_every: int
+    validate_every: int | None
+
+
 @dataclass
 class Loop:
     """One run's training.
 
     Attributes:
-        steps: of the whole run.
-        make: step -> (its epoch, the batches of its passes).
+        make: number of a pass -> its rows (batches.make_pass).
         state: what every checkpoint stores beside the progress (see run.py).
-        validate: measures and returns its part of a metrics line; called every `validate_every` steps.
-        before_update: called with the step after its gradients are there; for fault tests.
+        validate: measures, and returns its part of a metrics line; None where there is nothing to measure on.
     """
 
     model: Llama3VForConditionalGeneration
     optimizer: torch.optim.Optimizer
-    steps: int
-    make: Callable[[int], tuple[int, list[Batch]]]
+    schedule: Schedule
+    make: Callable[[int], Pass]
     meter: Meter
     metrics: MetricsLog
     checkpoints: Checkpoints
     state: dict[str, Any]
-    validate: Callable[[], dict[str, Any]]
-    warmup: float = 0.03
-    clip_norm: float = 1.0
-    bf16: bool = False
-    checkpoint_every: int = 200
-    validate_every: int | None = None
+    validate: Callable[[], dict[str, Any]] | None = None
     progress: Progress = field(default_factory=Progress)
-    before_update: Callable[[int], None] = lambda step: None
 
     def __post_init__(self) -> None:
-        self.device = next(self.model.parameters()).device
-        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._saved_at = self.progress.step
 
     def run(self, line: ProgressLine, stop: StopRequest) -> bool:
         """Train to the last step; False where `stop` was asked for before (a checkpoint is written then)."""
-        ahead = Ahead(self.make, range(self.progress.step, self.steps))
+        last, per_step = self.schedule.steps, self.schedule.passes_per_step
+        ahead = Ahead(self.make, range(self.progress.step * per_step, last * per_step))
         try:
-            while self.progress.step < self.steps:
+            while self.progress.step < last:
                 if stop.requested:
                     self.save()
                     return False
                 record = self._one_step(ahead)
                 self.metrics.append(record)
                 line.show(record)
-                step = self.progress.step
-                if self.validate_every and step % self.validate_every == 0 and step < self.steps:
-                    self.metrics.append({"step": step, **self.validate()})
-                if step % self.checkpoint_every == 0 or step == self.steps:
+                self._measure_if_due()
+                if self.progress.step % self.schedule.checkpoint_every == 0 or self.progress.step == last:
                     self.save()
+        except CacheError:  # a record that cannot be read: keep the work of the steps before it
+            self.save()
+            raise
         finally:
             ahead.close()
         return True
 
     def save(self) -> None:
         """Write a checkpoint of where the run stands, if there is none of this step yet."""
-        step = self.progress.step
-        if step == self._saved_at:
+        if self.progress.step == self._saved_at:
             return
         self.metrics.sync()
         state = {
             **self.state,
-            **vars(self.progress),
+            **asdict(self.progress),
             "rng": random_state(),
             "seconds": self.meter.seconds,
             "counts": self.meter.counts,
         }
-        self.checkpoints.save(step, state, dict(self.trained), optimizer_tensors(self.optimizer))
-        self._saved_at = step
-
-    def restore(self, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint as if the run had never stopped."""
-        restore_weights(self.trained, weights)
-        restore_optimizer(self.optimizer, moments)
-        set_random_state(state["rng"])
-        self.progress = Progress(**{name: state[name] for name in vars(Progress())})
+        self.checkpoints.save(self.progress.step, state, dict(self.trained), optimizer_tensors(self.optimizer))
         self._saved_at = self.progress.step
 
-    def _one_step(self, ahead: "Ahead[tuple[int, list[Batch]]]") -> dict[str, Any]:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint as if the run had never stopped."""
+        restore_weights(self.trained, checkpoint.weights)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        set_random_state(checkpoint.state["rng"])
+        self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(Progress())})
+        self._saved_at = self.progress.step
+
+    def _one_step(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
         begun, waited = perf_counter(), ahead.waited
-        epoch, batches = ahead.next()
-        waited = ahead.waited - waited
-        factor = learning_rate_factor(self.progress.step, self.steps, self.warmup)
+        factor = learning_rate_factor(self.progress.step, self.schedule.steps, self.schedule.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
+        epochs: list[int] = []
+
+        def passes() -> Iterator[tuple[Batch, int]]:
+            for _ in range(self.schedule.passes_per_step):
+                one = ahead.next()
+                counts.update({name: getattr(one.batch, name) for name in COUNTED})
+                epochs.append(one.epoch)
+                yield one.batch, one.supervised_of_step
+
+        parameters, schedule = list(self.trained.values()), self.schedule
         loss, norm = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            list(self.trained.values()),
-            clip_norm=self.clip_norm,
-            bf16=self.bf16,
-            before_update=lambda: self.before_update(self.progress.step),
+            self.model, self.optimizer, passes(), parameters, clip_norm=schedule.clip_norm, bf16=schedule.bf16
         )
         self._count(math.isfinite(loss) and math.isfinite(norm))
-        counts = {name: sum(_count_of(batch, name) for batch in batches) for name in COUNTED}
-        step = self.progress.step
         return {
-            "step": step,
-            "epoch": epoch,
+            "step": self.progress.step,
+            "epoch": epochs[0],
             "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
             "gradient_norm": norm if math.isfinite(norm) else None,
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
             "skipped": self.progress.skipped,
-            **self.meter.step(step, counts, perf_counter() - begun, waited),
+            **self.meter.step(self.progress.step, dict(counts), perf_counter() - begun, ahead.waited - waited),
         }
 
     def _count(self, finite: bool) -> None:
@@ -150,36 +163,43 @@ class Loop:
             last = self.progress.step
             raise ConfigError(
                 f"the loss or its gradient was not finite in {MOST_BAD_STEPS} steps in a row "
-                f"({last - MOST_BAD_STEPS + 1} to {last} of {self.steps}), none of which changed the weights; "
+                f"({last - MOST_BAD_STEPS + 1} to {last} of {self.schedule.steps}), none of which changed the weights; "
                 "train with a lower --learning-rate or --precision fp32 in another --out"
             )
+
+    def _measure_if_due(self) -> None:
+        """Before the checkpoint of the same step: its metrics line is then neither lost nor written twice."""
+        step, every = self.progress.step, self.schedule.validate_every
+        if self.validate and (step == self.schedule.steps or (every and step % every == 0)):
+            self.metrics.append({"step": step, **self.validate(), "seconds": round(self.meter.seconds, 2)})
 
 
 def train_step(
     model: Llama3VForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    passes: Iterable[tuple[Batch, int]],
     parameters: Sequence[nn.Parameter],
     *,
     clip_norm: float,
     bf16: bool = False,
-    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """One optimizer step over the passes of a batch; returns (loss per supervised token, gradient norm).
+    """One optimizer step; returns (loss per supervised token, gradient norm).
 
     Where one of the two is not finite, the weights and the optimizer stay as they are.
+
+    Args:
+        passes: batches, each with the number of supervised tokens of *all* of them.
+        parameters: what trains.
     """
     device = parameters[0].device
-    total = sum(batch.supervised for batch in batches)
     loss = torch.zeros((), device=device)
-    for batch in batches:
+    for batch, total in passes:
         batch = batch.to(device)
         with autocast(device, bf16):
             part = supervised_loss(hidden_states(model, batch), batch.targets, head_of(model), total)
         if part.requires_grad:  # it does not where only the projector trains and the pass has no image
             part.backward()
         loss += part.detach()
-    before_update()
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the step's only wait for the device
     if math.isfinite(loss_value) and math.isfinite(norm_value):
@@ -190,7 +210,7 @@ def train_step(
 
 def hidden_states(model: Llama3VForConditionalGeneration, batch: Batch) -> Tensor:
     """The LLM's last hidden states where a label follows: [supervised, hidden]."""
-    embeddings = model.embed(batch.ids, batch.features)
+    embeddings = model.embed(batch.ids, batch.features)  # [rows, length, hidden]
     mask = attention_mask(batch.segments)
     if model.llm.config._attn_implementation == "eager":  # adds its mask, where the others select by it
         mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, torch.finfo(embeddings.dtype).min)
@@ -203,6 +223,13 @@ def hidden_states(model: Llama3VForConditionalGeneration, batch: Batch) -> Tenso
 def head_of(model: Llama3VForConditionalGeneration) -> Tensor:
     """Weight of the LM head, [vocabulary, hidden]."""
     return model.get_output_embeddings().weight  # type: ignore[return-value]
+
+
+def set_modes(model: Llama3VForConditionalGeneration) -> None:
+    """Dropout, where an LLM has any, acts in what trains. The tower keeps its evaluation mode: its norms stand still."""
+    model.eval()
+    for part in (model.projector, model.llm):
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
 
 
 def autocast(device: torch.device, bf16: bool) -> Any:
@@ -231,7 +258,3 @@ def set_random_state(state: dict[str, str]) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cpu"]), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
-
-
-def _count_of(batch: Batch, name: str) -> int:
-    return batch.supervised if name == "supervised_tokens" else getattr(batch, name)

@@ -3,7 +3,8 @@
     out/prepared/training/
       tokens.bin        int32, the samples' ids one after another, image_token_id at the visual tokens
       supervised.bin    uint8, 1 where a token has loss
-      index.npz         starts [samples + 1], image_starts [samples + 1], keys [images], grids [images, 2]
+      index.npz         starts [samples + 1], image_starts [samples + 1], labels [samples] (tokens with loss),
+                        keys [images], grids [images, 2]
       prepared.json     what it was made from, and its digest
 
 Memory stays flat: what is held is a few numbers per sample.
@@ -43,6 +44,7 @@ class PreparedData:
     supervised: np.ndarray
     starts: np.ndarray
     image_starts: np.ndarray
+    labels: np.ndarray
     keys: np.ndarray
     grids: np.ndarray
     made_from: dict[str, Any]
@@ -83,7 +85,7 @@ class PreparedWriter:
         self._tokens = (self._temporary / TOKENS).open("wb")
         self._supervised = (self._temporary / SUPERVISED).open("wb")
         self._starts, self._image_starts = array("q", [0]), array("q", [0])
-        self._keys, self._grids = bytearray(), array("i")
+        self._labels, self._keys, self._grids = array("i"), bytearray(), array("i")
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -98,8 +100,9 @@ class PreparedWriter:
 
     def add(self, ids: np.ndarray, supervised: np.ndarray, keys: Sequence[str], grids: Sequence[Grid]) -> None:
         """Add one sample: ids int32 [tokens], supervised uint8 [tokens], keys and grids of its images."""
-        ids.tofile(self._tokens)
-        supervised.tofile(self._supervised)
+        self._tokens.write(ids.tobytes())
+        self._supervised.write(supervised.tobytes())
+        self._labels.append(int(supervised.sum()))
         self._starts.append(self._starts[-1] + len(ids))
         self._image_starts.append(self._image_starts[-1] + len(keys))
         for key, grid in zip(keys, grids, strict=True):
@@ -115,6 +118,7 @@ class PreparedWriter:
             self._temporary / INDEX,
             starts=np.asarray(self._starts, np.int64),
             image_starts=np.asarray(self._image_starts, np.int64),
+            labels=np.asarray(self._labels, np.int32),
             keys=np.frombuffer(bytes(self._keys), _KEY),
             grids=np.asarray(self._grids, np.int32).reshape(-1, 2),
         )
@@ -146,7 +150,7 @@ def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | 
         if description["digest"] != digest_of(directory):
             return None
         with np.load(directory / INDEX) as index:
-            arrays = {name: index[name] for name in ("starts", "image_starts", "keys", "grids")}
+            arrays = {name: index[name] for name in ("starts", "image_starts", "labels", "keys", "grids")}
         return PreparedData(
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
             supervised=np.memmap(directory / SUPERVISED, np.uint8, mode="r"),

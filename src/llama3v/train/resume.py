@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import nn
 
+from llama3v import __version__
 from llama3v.config import TrainConfig
 from llama3v.errors import CheckpointError
 
@@ -69,3 +70,16 @@ def weights_digest(model: nn.Module) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """xxh3_128 over all a fast tokenizer is made of."""
     return xxhash.xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: what may move the last bits of a result."""
+    import transformers
+
+    return {
+        "llama3v": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }

@@ -7,31 +7,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llama3v import __version__
 from llama3v.config import PretrainConfig, SftConfig, TrainConfig
 from llama3v.data.packing import fill
-from llama3v.data.sources.base import open_source
+from llama3v.data.sources import open_source
 from llama3v.errors import CheckpointError
 from llama3v.feature_cache.layout import manifest_of
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, build_model, load_model, save_model
 from llama3v.model.prompt import Renderer
 from llama3v.train import curves, stages
-from llama3v.train.batches import Batch, RowPlan, assemble
-from llama3v.train.checkpoint import Checkpoints, replace_durably
+from llama3v.train.batches import RowPlan, make_pass
+from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.dataset import Preparation, prepare
-from llama3v.train.loop import Loop
+from llama3v.train.loop import Loop, Schedule, set_modes
 from llama3v.train.meter import Meter, MetricsLog, ProgressLine, read_metrics, trim_metrics
 from llama3v.train.prepared import PreparedData
-from llama3v.train.resume import plain, refuse_drift, tokenizer_digest, trajectory_options, weights_digest
+from llama3v.train.resume import (
+    FREE,
+    differences,
+    environment,
+    plain,
+    refuse_drift,
+    tokenizer_digest,
+    trajectory_options,
+    weights_digest,
+)
 from llama3v.train.signals import StopRequest
 from llama3v.train.validation import Validation
+
+BETAS = (0.9, 0.95)  # as Llama was trained (arXiv 2302.13971, section 2.3)
 
 Model = Llama3VForConditionalGeneration
 
@@ -96,84 +108,62 @@ class _Stage:
 def _run(stage: _Stage, console: Console) -> dict[str, Any]:
     config = stage.config
     if (summary := _finished(stage)) is not None:
-        console.print(f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
+        _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary
     config.out.mkdir(parents=True, exist_ok=True)
-    with _only_run_in(config.out):
+    with _only_run_in(config.out), told_when_full(config.out):
         return _train(stage, console)
 
 
 def _train(stage: _Stage, console: Console) -> dict[str, Any]:
-    config = stage.config
-    started = Meter(0)  # from here on time counts: loading and preparing belong to the price
+    config, begun = stage.config, perf_counter()  # loading and preparing belong to the price
     model, tokenizer = stage.load()
     groups, lines = _choose_what_trains(stage, model)
     console.print(stages.as_table(lines, f"What trains: {stage.title}"))
-    checkpoints = Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
-    checkpoint = checkpoints.load(lambda text: console.print(text, markup=False, highlight=False))
-    cache = _open_cache(model, config)
-    data = _prepare(stage, model, tokenizer, cache, config.data, "training", keep=checkpoint is not None)
-    plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.seed)
+    checkpoint = _checkpoints(config).load(lambda text: _say(console, text))
+    data, validation, read = _open_data(stage, model, tokenizer, checkpoint)
+    plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed)
     steps = config.steps or plan.steps_for(config.epochs)
-    identity = _identity(stage, model, tokenizer, data, steps)
+    state = {
+        "identity": _identity(stage, model, tokenizer, data, steps),
+        "options": plain(config),
+        "environment": environment(),
+    }
     if checkpoint is not None:
-        refuse_drift(checkpoint.state["identity"], identity, config.out)
-    validation = _validation(stage, model, tokenizer, cache)
+        refuse_drift(checkpoint.state["identity"], state["identity"], config.out)
+    fullness = fill(plan.epoch(0), data.lengths.tolist(), config.row_tokens)
+    _describe_data(console, data, plan, fullness, steps)
+    _announce_resume(console, checkpoint, steps)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(model, device)
-    _set_modes(model)
+    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    set_modes(model)
     torch.manual_seed(config.seed)
-    step = checkpoint.state["step"] if checkpoint else 0
-    lost = trim_metrics(config.out / "metrics.jsonl", step)
-    before = max(lost, checkpoint.state["seconds"]) if checkpoint else lost
-    counts = checkpoint.state["counts"] if checkpoint else None
-    meter = Meter(steps, config.dollars_per_hour, before + started.seconds, counts)
-    metrics = MetricsLog(config.out / "metrics.jsonl")
-
-    def make(step: int) -> tuple[int, list[Batch]]:
-        rows, size = plan.rows(step), config.rows_per_pass
-        passes = [rows[first : first + size] for first in range(0, len(rows), size)]
-        batches = [assemble(data, some, cache.read, model.config.image_token_id) for some in passes]
-        return plan.locate(step)[0], batches
-
+    meter, metrics = _open_meter(config, checkpoint, steps, begun)
     loop = Loop(
         model=model,
-        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-        steps=steps,
-        make=make,
+        optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=True),
+        schedule=_schedule(config, plan, steps),
+        make=lambda number: make_pass(number, plan, data, read, model.config.image_token_id),
         meter=meter,
         metrics=metrics,
-        checkpoints=checkpoints,
-        state={"identity": identity, "options": plain(config), "environment": _environment()},
-        validate=lambda: validation.measure(model) if validation else {},
-        warmup=config.warmup,
-        clip_norm=config.clip_norm,
-        bf16=config.precision == "bf16",
-        checkpoint_every=config.checkpoint_every,
-        validate_every=config.validate_every if validation else None,
+        checkpoints=_checkpoints(config),
+        state=state,
+        validate=None if validation is None else lambda: validation.measure(model),
     )
     if checkpoint is not None:
-        loop.restore(checkpoint.state, checkpoint.weights, checkpoint.optimizer)
-        console.print(f"resuming after step {step} of {steps}", highlight=False)
-        checkpoint = None  # its tensors are copied; let the memory go
-    _describe_data(console, data, plan, config, steps)
-    try:
-        priced = config.dollars_per_hour > 0
-        with StopRequest() as stop, ProgressLine(console, stage.name, steps, step, priced=priced) as line:
+        loop.restore(checkpoint)
+        checkpoint = None  # its tensors are copied: let the memory go
+    priced, done = config.dollars_per_hour > 0, False
+    with StopRequest() as stop, ProgressLine(console, stage.name, steps, loop.progress.step, priced=priced) as line:
+        try:
             done = loop.run(line, stop)
-        if done and validation:
-            metrics.append({"step": steps, **loop.validate()})
-    finally:
-        metrics.close()
-    curves.draw(config.out / "metrics.jsonl", config.out / "curves.png", stage.title)
+        finally:
+            metrics.close()
+    curves.draw(metrics.path, config.out / "curves.png", stage.title)
     if not done:
-        name = stop.requested.name if stop.requested else "a signal"
-        at = f"step {loop.progress.step} of {steps}"
-        console.print(f"stopped by {name} after {at}; a checkpoint is written: run the same command to resume")
-        raise SystemExit(stop.exit_code)
+        raise _stopped(console, stop, loop)
     save_model(model, tokenizer, config.out)
-    summary = _summary(stage, loop, data, plan, lines)
+    summary = _summary(stage, loop, data, plan, lines, fullness)
     replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -189,65 +179,57 @@ def _choose_what_trains(stage: _Stage, model: Model) -> tuple[list[dict[str, Any
     return stages.apply(lines, model, stage.config.weight_decay), lines
 
 
-def _set_modes(model: Model) -> None:
-    """Dropout, where an LLM has any, acts in what trains. The tower stays in evaluation mode: its norms are not moved."""
-    model.eval()
-    for part in (model.projector, model.llm):
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+def _checkpoints(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
 
 
-def _open_cache(model: Model, config: TrainConfig) -> CacheReader:
-    manifest = manifest_of(
-        model.vision.fingerprint(), tile_size=model.vision.tile_size, max_tiles=model.config.max_tiles
-    )
-    return CacheReader(config.cache, manifest=manifest)
+def _open_data(
+    stage: _Stage, model: Model, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None
+) -> tuple[PreparedData, Validation | None, Callable[[str], Tensor]]:
+    """The samples to train on, those to validate with, and the function that reads an image's features."""
+    config, vision = stage.config, model.vision
+    manifest = manifest_of(vision.fingerprint(), tile_size=vision.tile_size, max_tiles=model.config.max_tiles)
+    cache = CacheReader(config.cache, manifest=manifest)
+    training = _preparation(stage, model, tokenizer, cache, config.data, config.limit)
+    keep = checkpoint is not None
+    if checkpoint is not None:  # before anything in `out` is touched
+        before = checkpoint.state["identity"]["made_from"]
+        refuse_drift({"made_from": before}, {"made_from": training.identity}, config.out)
+    data = prepare(training, config.out / "prepared" / "training", config.out / "ledger.jsonl", keep=keep)
+    if config.validation is None:
+        return data, None, cache.read
+    held_out = _preparation(stage, model, tokenizer, cache, (config.validation,), config.validation_samples)
+    ledger = config.out / "ledger-validation.jsonl"
+    prepared = prepare(held_out, config.out / "prepared" / "validation", ledger, keep=keep)
+    bf16 = config.precision == "bf16"
+    return data, Validation(prepared, cache.read, config.row_tokens, config.rows_per_pass, bf16), cache.read
 
 
-def _prepare(
+def _preparation(
     stage: _Stage,
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     cache: CacheReader,
     names: tuple[str, ...],
-    purpose: str,
-    *,
-    keep: bool,
-    limit: int | None = None,
-) -> PreparedData:
-    config = stage.config
-    renderer = Renderer(tokenizer, model.config.prompt_format, model.tokens_per_tile, model.config.image_token_id)
-    limit = config.limit if limit is None else limit
-    preparation = Preparation(
+    limit: int | None,
+) -> Preparation:
+    tokens, prompt_format = model.tokens_per_tile, model.config.prompt_format
+    return Preparation(
         sources=[open_source(name, limit) for name in names],
         names=names,
         cache=cache,
-        renderer=renderer,
-        row_tokens=config.row_tokens,
+        renderer=Renderer(tokenizer, prompt_format, tokens, model.config.image_token_id),
+        row_tokens=stage.config.row_tokens,
         made_from={
             "tokenizer": tokenizer_digest(tokenizer),
-            "prompt_format": model.config.prompt_format,
-            "tokens_per_tile": model.tokens_per_tile,
+            "prompt_format": prompt_format,
+            "tokens_per_tile": tokens,
             "cache": cache.fingerprint,
             "limit": limit,
         },
-        max_bad_ratio=config.max_bad_ratio,
+        max_bad_ratio=stage.config.max_bad_ratio,
         encode_command=stage.encode_command,
     )
-    ledger = "ledger.jsonl" if purpose == "training" else f"ledger-{purpose}.jsonl"
-    return prepare(preparation, config.out / "prepared" / purpose, config.out / ledger, keep=keep)
-
-
-def _validation(
-    stage: _Stage, model: Model, tokenizer: PreTrainedTokenizerBase, cache: CacheReader
-) -> Validation | None:
-    config = stage.config
-    if config.validation is None:
-        return None
-    data = _prepare(
-        stage, model, tokenizer, cache, (config.validation,), "validation",
-        keep=True, limit=config.validation_samples,
-    )  # fmt: skip
-    return Validation(data, cache.read, config.row_tokens, config.rows_per_pass, config.precision == "bf16")
 
 
 def _identity(
@@ -261,34 +243,68 @@ def _identity(
         "options": trajectory_options(stage.config),
         "model": weights_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
-        "data": {**data.made_from, "samples": len(data), "digest": data.digest},
+        "made_from": data.made_from,
+        "data": {"samples": len(data), "digest": data.digest},
     }
 
 
-def _environment() -> dict[str, Any]:
-    import transformers
+def _open_meter(
+    config: TrainConfig, checkpoint: Checkpoint | None, steps: int, begun: float
+) -> tuple[Meter, MetricsLog]:
+    """Both as they stood at the checkpoint; only the time that was spent after it stays spent."""
+    state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "seconds": 0.0, "counts": {}}
+    path = config.out / "metrics.jsonl"
+    spent = max(trim_metrics(path, state["step"]), state["seconds"])
+    seconds = spent + perf_counter() - begun
+    return Meter(steps, config.dollars_per_hour, seconds, state["counts"]), MetricsLog(path)
 
-    return {
-        "llama3v": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-    }
 
-
-def _describe_data(console: Console, data: PreparedData, plan: RowPlan, config: TrainConfig, steps: int) -> None:
-    left_out = f" ({data.left_out:,} left out, see ledger.jsonl)" if data.left_out else ""
-    rows = plan.epoch(0)
-    share = fill(rows, data.lengths.tolist(), config.row_tokens)
-    console.print(
-        f"{len(data):,} samples{left_out} in {len(rows):,} rows of {config.row_tokens:,} tokens, {share:.1%} full; "
-        f"{steps:,} steps of {config.rows_per_step} rows",
-        highlight=False,
+def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
+    return Schedule(
+        steps=steps,
+        passes_per_step=plan.passes_per_step,
+        warmup=config.warmup,
+        clip_norm=config.clip_norm,
+        bf16=config.precision == "bf16",
+        checkpoint_every=config.checkpoint_every,
+        validate_every=config.validate_every,
     )
 
 
-def _summary(stage: _Stage, loop: Loop, data: PreparedData, plan: RowPlan, lines: list[stages.Line]) -> dict[str, Any]:
+def _describe_data(console: Console, data: PreparedData, plan: RowPlan, fullness: float, steps: int) -> None:
+    left_out = f" ({data.left_out:,} left out: see ledger.jsonl)" if data.left_out else ""
+    rows = len(plan.epoch(0))
+    _say(
+        console,
+        f"{len(data):,} samples{left_out} in {rows:,} rows an epoch, {fullness:.1%} full; "
+        f"{steps:,} steps of {plan.rows_per_step} rows",
+    )
+
+
+def _announce_resume(console: Console, checkpoint: Checkpoint | None, steps: int) -> None:
+    if checkpoint is None:
+        return
+    _say(console, f"resuming after step {checkpoint.state['step']} of {steps}")
+    if changed := differences(checkpoint.state["environment"], environment()):
+        _say(console, f"{'; '.join(changed)}: the losses agree with an uninterrupted run's, but not to the last bit")
+
+
+def _stopped(console: Console, stop: StopRequest, loop: Loop) -> SystemExit:
+    """Say in one line how things stand, and with which code to leave."""
+    name = stop.requested.name if stop.requested else "a signal"
+    step, steps = loop.progress.step, loop.schedule.steps
+    kept = "its checkpoint is written" if step else "there is nothing to keep yet"
+    _say(console, f"stopped by {name} after step {step} of {steps}; {kept}: run the same command to resume")
+    return SystemExit(stop.exit_code)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(
+    stage: _Stage, loop: Loop, data: PreparedData, plan: RowPlan, lines: list[stages.Line], fullness: float
+) -> dict[str, Any]:
     records = list(read_metrics(loop.metrics.path))
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     last = max(1, len(losses) // 20)
@@ -298,12 +314,12 @@ def _summary(stage: _Stage, loop: Loop, data: PreparedData, plan: RowPlan, lines
         "policy": stage.policy,
         "finished": True,
         "model": str(stage.config.out),
-        "steps": loop.steps,
+        "steps": loop.schedule.steps,
         "skipped_steps": loop.progress.skipped,
-        "epochs": plan.locate(loop.steps - 1)[0] + 1,
+        "epochs": plan.epochs_in(loop.schedule.steps),
         "samples": len(data),
         "left_out": data.left_out,
-        "fill": fill(plan.epoch(0), data.lengths.tolist(), stage.config.row_tokens),
+        "fill": fullness,
         "first_loss": losses[0] if losses else None,
         "loss": sum(losses[-last:]) / last if losses else None,  # mean over the last twentieth
         **{name: value for name, value in measured.items() if name.startswith("validation")},
@@ -316,7 +332,7 @@ def _summary(stage: _Stage, loop: Loop, data: PreparedData, plan: RowPlan, lines
             for line in lines
         ],
         "options": plain(stage.config),
-        "environment": _environment(),
+        "environment": environment(),
     }
 
 
@@ -331,15 +347,14 @@ def _finished(stage: _Stage) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is not valid JSON ({error}); remove it and run again") from error
     if not summary.get("finished") or summary.get("verb") not in ("pretrain", "sft"):
         return None
-    free = ("out", "cache", "dollars_per_hour", "checkpoint_every", "keep_checkpoints", "max_bad_ratio")
-    now = {**plain(stage.config), "verb": stage.name}
-    before = {**summary["options"], "verb": summary["verb"]}
-    refuse_drift(
-        {name: value for name, value in before.items() if name not in free},
-        {name: value for name, value in now.items() if name not in free},
-        stage.config.out,
-    )
+    now = {**_asked(plain(stage.config)), "verb": stage.name}
+    refuse_drift({**_asked(summary["options"]), "verb": summary["verb"]}, now, stage.config.out)
     return summary
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a finished run's results depend on."""
+    return {name: value for name, value in options.items() if name not in FREE or name.startswith("validat")}
 
 
 @contextmanager

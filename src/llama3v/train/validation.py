@@ -14,7 +14,7 @@ from torch import Tensor
 from llama3v.data.packing import pack
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.train.batches import assemble
-from llama3v.train.loop import autocast, head_of, hidden_states
+from llama3v.train.loop import autocast, head_of, hidden_states, set_modes
 from llama3v.train.loss import losses_of
 from llama3v.train.prepared import PreparedData
 
@@ -36,6 +36,13 @@ class Validation:
         images of another sample (`validation_shuffled` of them), and `validation_gap` is how much lower the loss of
         those very samples is with their own images; both are None where no sample could.
         """
+        model.eval()
+        try:
+            return self._measure(model)
+        finally:
+            set_modes(model)
+
+    def _measure(self, model: Llama3VForConditionalGeneration) -> dict[str, Any]:
         right, tokens = self._losses(model, {})
         report: dict[str, Any] = {
             "validation_loss": float(right.sum() / tokens.sum()),
