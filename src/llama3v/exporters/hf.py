@@ -77,7 +77,7 @@ def foldable_tower(model: Llama3VForConditionalGeneration) -> SiglipTower:
     """The model's tower, if it has a stock counterpart; else CheckpointError."""
     if not isinstance(model.vision, SiglipTower):
         raise CheckpointError(
-            f"a {model.vision.kind} vision tower has no stock form, so this model runs in llama3v only; "
+            f"a tower of kind {model.vision.kind} has no stock form, so this model runs in llama3v only; "
             "export a model that was built on a SigLIP tower"
         )
     return model.vision

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama3v.errors import CheckpointError, ConfigError, PromptError
+from llama3v.model.llm import load_llm
 from llama3v.model.projector import Projector
 from llama3v.model.prompt import detect_format
 from llama3v.model.vision import VisionTower, load_stock, load_tower, make_tower, refuse_missing
@@ -250,36 +251,6 @@ def build_model(
     rms = float(embeddings.weight.detach().float().square().mean().sqrt())
     model.projector.initialise(rms, torch.Generator().manual_seed(seed))
     return model.eval(), tokenizer
-
-
-def load_llm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama-family LLM and its tokenizer from a hub name, a directory or a GGUF file, in fp32."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return _load_gguf(path)
-    try:
-        model, missing = load_stock(AutoModelForCausalLM, name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    refuse_missing(name, missing)
-    return model, tokenizer
-
-
-def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not path.is_file():
-        raise CheckpointError(f"no GGUF file at {path}")
-    try:
-        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ImportError as error:
-        raise CheckpointError("reading GGUF needs an extra: pip install 'llama3v[gguf]'") from error
-    # transformers marks a model read from GGUF as quantised and then refuses to train it: move the weights to a clean one
-    config = type(source.config)(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(source.state_dict())
-    model.generation_config = source.generation_config
-    return model, tokenizer
 
 
 def save_model(
