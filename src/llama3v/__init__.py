@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that holds it
 _HOMES = {
-    "quickstart": "llama3v.recipes",
+    "quickstart": "llama3v.recipes.quickstart",
     "encode": "llama3v.feature_cache.encode",
     "cache": "llama3v.feature_cache.tools",
     "pretrain": "llama3v.train.run",

@@ -221,9 +221,7 @@ class AskConfig:
         llama3v ask before.png after.png "What changed?" --model runs/quickstart
     """
 
-    inputs: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="IMAGE... QUESTION", help_behavior_hint="(required)")
-    ]
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE... QUESTION", help_behavior_hint="(required)")]
     """Image files, then the question (the last argument)."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""
@@ -237,9 +235,7 @@ class AskConfig:
     """Directory for summary.json (the question, the answer, timings)."""
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.inputs) >= 1, 'give image files and a question: llama3v ask photo.jpg "What is it?"'
-        )
+        _require(len(self.inputs) >= 1, 'give image files and a question: llama3v ask photo.jpg "What is it?"')
         _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
         _require(self.temperature >= 0, f"--temperature is {self.temperature}; give 0 or more")
 
@@ -273,9 +269,7 @@ class CaptionConfig:
         llama3v caption holiday/ --model runs/quickstart --out captions
     """
 
-    inputs: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")
-    ]
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")]
     """Image files or folders."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""

@@ -12,7 +12,7 @@ from fractions import Fraction
 from llama3v.errors import ConfigError, ImageError
 
 SLICING_VERSION = "uhd-1"
-"""Part of the feature cache's fingerprint: change it when `choose_grid` answers differently for any size."""
+"""Part of the feature cache's fingerprint: change it when `choose_grid`, or the pixels that tiles.py makes, differ for any image."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Does the model see? The same questions with the right image, with another sample's image, and blind.
+
+A model that answers as well with a wrong image has learnt the questions, not to look.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from llama3v.engines.base import Engine, ImageFeatures
+from llama3v.errors import DataError
+from llama3v.model.prompt import Turn
+
+CONDITIONS = ("right image", "wrong image", "blind")
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A question with one exact answer about one image."""
+
+    kind: str
+    question: str
+    answer: str
+    image: ImageFeatures
+    picture: str  # the image's file, for reports
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """Answers to the probes under each condition: `answers[condition][i]` belongs to `probes[i]`."""
+
+    probes: Sequence[Probe]
+    answers: dict[str, list[str]]
+
+    def accuracy(self, condition: str, kind: str | None = None) -> float:
+        """Share of exact answers (case and a final full stop do not count), of one kind or of all."""
+        right = [
+            same_answer(answer, probe.answer)
+            for probe, answer in zip(self.probes, self.answers[condition], strict=True)
+            if kind is None or probe.kind == kind
+        ]
+        return sum(right) / len(right)
+
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(probe.kind for probe in self.probes))
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    return _plain(answer) == _plain(expected)
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").lower()
+
+
+def measure_sight(
+    engine: Engine,
+    probes: Sequence[Probe],
+    *,
+    batch: int = 64,
+    max_new_tokens: int = 8,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Sight:
+    """Ask every probe under each condition, greedily. `advance` is told how many answers came."""
+    wrong = wrong_images(probes)
+    images: dict[str, list[ImageFeatures | None]] = {
+        "right image": [probe.image for probe in probes],
+        "wrong image": list(wrong),
+        "blind": [None] * len(probes),
+    }
+    answers: dict[str, list[str]] = {}
+    for condition in CONDITIONS:
+        shown = images[condition]
+        answers[condition] = [""] * len(probes)
+        for some in _batches(shown, batch):
+            questions = [_question(probes[index].question, shown[index]) for index in some]
+            for index, answer in zip(some, engine.answer_batch(questions, max_new_tokens=max_new_tokens), strict=True):
+                answers[condition][index] = answer
+            advance(len(some))
+    return Sight(probes, answers)
+
+
+def wrong_images(probes: Sequence[Probe]) -> list[ImageFeatures]:
+    """For each probe the image of the next picture that differs, among those of the same grid, going round."""
+    by_grid: dict[tuple[int, int], list[Probe]] = {}
+    for probe in probes:
+        by_grid.setdefault((probe.image.grid.columns, probe.image.grid.rows), []).append(probe)
+    other: dict[int, ImageFeatures] = {}
+    for group in by_grid.values():
+        pictures = list({probe.picture: probe.image for probe in group}.items())
+        if len(pictures) < 2:
+            raise DataError(f"only one picture has the grid of {pictures[0][0]}; give more held-out pictures")
+        following = {name: pictures[(i + 1) % len(pictures)][1] for i, (name, _) in enumerate(pictures)}
+        other |= {id(probe): following[probe.picture] for probe in group}
+    return [other[id(probe)] for probe in probes]
+
+
+def _question(text: str, image: ImageFeatures | None) -> tuple[list[Turn], list[ImageFeatures]]:
+    if image is None:
+        return [Turn("user", text)], []
+    return [Turn("user", text, images=(0,))], [image]
+
+
+def _batches(shown: Sequence[ImageFeatures | None], size: int) -> Iterable[list[int]]:
+    """Indices in batches of similar prompt length: images with as many tiles stand together."""
+    order = sorted(range(len(shown)), key=lambda index: 0 if (image := shown[index]) is None else image.grid.tiles)
+    return [order[start : start + size] for start in range(0, len(order), size)]
