@@ -1,11 +1,11 @@
 """Make the embedded default's pretrained parts: a tiny SigLIP and a tiny Llama, seeded, with their training logs.
 
-    python scripts/make_assets.py tokenizer          # seconds
-    python scripts/make_assets.py siglip --minutes 60    # then
-    python scripts/make_assets.py llama --minutes 40
+    python scripts/make_assets.py tokenizer
+    python scripts/make_assets.py siglip --threads 1 --steps 2500 --stop-after 2000
+    python scripts/make_assets.py llama --threads 1 --steps 1800 --batch 14 --learning-rate 2e-3
 
-The step counts are fixed (STEPS below), so that the result does not depend on how fast the machine is. Both may run at
-the same time, one core each (`--threads 1`). Output: src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/*.jsonl.
+Seconds, then about 45 minutes each on one core; the last two may run at the same time. Step counts are fixed, so that
+the result does not depend on how fast the machine is. Output: src/llama3v/assets/{siglip,llama}-scenes, scripts/logs/.
 """
 
 import json
@@ -75,6 +75,8 @@ class Options:
     """Optimizer steps."""
     batch: int = 64
     """Scenes, or packed rows of documents, in a step."""
+    stop_after: int | None = None
+    """Stop at this step of the schedule (the encoder captioned without a mistake long before its last step)."""
     learning_rate: float = 1.5e-3
     """Peak; linear warm-up over 5% of the steps, then a cosine to zero."""
     seed: int = 0
@@ -199,7 +201,7 @@ def train_siglip(options: Options) -> None:
         f"vision {sum(p.numel() for p in model.vision_model.parameters()):,} text {sum(p.numel() for p in model.text_model.parameters()):,}"
     )
     held_out = siglip_batch(tokenizer, [f"held-out/{n}" for n in range(256)])
-    for step in range(options.steps):
+    for step in range(options.stop_after or options.steps):
         pixels, full, free = siglip_batch(tokenizer, [f"{options.seed}/{step}/{n}" for n in range(options.batch)])
         image, text, features = embed_pairs(model, pixels, free)
         pair_loss = sigmoid_loss(image, text, model.logit_scale, model.logit_bias)
@@ -366,7 +368,7 @@ def train_llama(options: Options) -> None:
         return llama_batch(documents, ROW, layout.pad)
 
     held_out = batch_of("held-out", 20_000)
-    for step in range(options.steps):
+    for step in range(options.stop_after or options.steps):
         loss, right = llama_loss(model, batch_of(f"{options.seed}/{step}", options.batch * ROW, step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, options.steps, options.learning_rate)

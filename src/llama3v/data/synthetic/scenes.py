@@ -83,7 +83,7 @@ def _page(rng: random.Random) -> tuple[Item, ...]:
         free = [place for place in free if place[0] != row]
     if rng.random() < 0.4:
         items.append(Item("digit", str(rng.randrange(10)), rng.choice(tuple(COLOURS)), "big", *free.pop()))
-    kinds = {}  # one scene shows a shape twice more often than chance would, so that counting is worth asking
+    kinds: dict[str, bool] = {}  # one scene shows a shape twice more often than chance would, so that counting is worth asking
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
         colour, shape = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
         if kinds and rng.random() < 0.35:
@@ -138,7 +138,7 @@ def _draw_item(pen: ImageDraw.ImageDraw, item: Item, left: int, top: int, rng: r
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)  # the font that Pillow carries: the same everywhere
 
 
