@@ -41,12 +41,12 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(record["step"], record.get("loss", record.get("validation_loss"))) for record in records]
 
 
-def start(verb: str, options: Any) -> Any:
+def start(verb: str, options: Any, environment: dict[str, str] | None = None) -> Any:
     """Run a verb in a child process of its own; one server process has imported everything and forks them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_child"])
     from training_child import run
 
-    process = context.Process(target=run, args=(verb, options))
+    process = context.Process(target=run, args=(verb, options, environment or {}))
     process.start()
     return process

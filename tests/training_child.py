@@ -15,8 +15,9 @@ import llama3v.cli
 import llama3v.train.run
 
 
-def run(verb: str, options: Any) -> None:
+def run(verb: str, options: Any, environment: dict[str, str]) -> None:
     """What the command line does with parsed options."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     functions = {"pretrain": llama3v.train.run.pretrain, "sft": llama3v.train.run.sft}
     llama3v.cli._run = lambda arguments: functions[verb](options)  # type: ignore[assignment, misc, return-value]

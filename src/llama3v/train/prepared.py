@@ -3,30 +3,30 @@
     out/prepared/training/
       tokens.bin        int32, the samples' ids one after another, image_token_id at the visual tokens
       supervised.bin    uint8, 1 where a token has loss
-      index.npz         starts [samples + 1], image_starts [samples + 1], labels [samples] (tokens with loss),
-                        keys [images], grids [images, 2]
-      prepared.json     what it was made from, and its digest
+      index.safetensors starts [samples + 1], image_starts [samples + 1], labels [samples] (tokens with loss),
+                        keys [images, 32] (hexadecimal digits), grids [images, 2]
+      prepared.json     what it was made from, and the digest of the three files
 
 Memory stays flat: what is held is a few numbers per sample.
 """
 
 import json
 import shutil
-import zipfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from safetensors.numpy import load_file, save_file
 
 from llama3v.model.slicing import Grid
 
 FORMAT = 1
-TOKENS, SUPERVISED, INDEX, DESCRIPTION = "tokens.bin", "supervised.bin", "index.npz", "prepared.json"
-_KEY = np.dtype("S32")  # an image's key: 32 hexadecimal digits
+TOKENS, SUPERVISED, INDEX, DESCRIPTION = "tokens.bin", "supervised.bin", "index.safetensors", "prepared.json"
+KEY_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class PreparedData:
 
     def images(self, sample: int) -> list[str]:
         """Keys of a sample's images, in the order of their slots."""
-        return [key.decode() for key in self.keys[self.image_starts[sample] : self.image_starts[sample + 1]]]
+        found = self.keys[self.image_starts[sample] : self.image_starts[sample + 1]]
+        return [key.tobytes().decode() for key in found]
 
     def grids_of(self, sample: int) -> tuple[tuple[int, int], ...]:
         """(columns, rows) of every image of a sample."""
@@ -106,7 +107,7 @@ class PreparedWriter:
         self._starts.append(self._starts[-1] + len(ids))
         self._image_starts.append(self._image_starts[-1] + len(keys))
         for key, grid in zip(keys, grids, strict=True):
-            assert len(key) == _KEY.itemsize, f"an image key has {_KEY.itemsize} digits, not {key!r}"
+            assert len(key) == KEY_DIGITS, f"an image key has {KEY_DIGITS} digits, not {key!r}"
             self._keys += key.encode()
             self._grids.extend((grid.columns, grid.rows))
 
@@ -114,14 +115,14 @@ class PreparedWriter:
         """Move what was added to its place and open it."""
         self._tokens.close()
         self._supervised.close()
-        np.savez(
-            self._temporary / INDEX,
-            starts=np.asarray(self._starts, np.int64),
-            image_starts=np.asarray(self._image_starts, np.int64),
-            labels=np.asarray(self._labels, np.int32),
-            keys=np.frombuffer(bytes(self._keys), _KEY),
-            grids=np.asarray(self._grids, np.int32).reshape(-1, 2),
-        )
+        arrays = {
+            "starts": np.asarray(self._starts, np.int64),
+            "image_starts": np.asarray(self._image_starts, np.int64),
+            "labels": np.asarray(self._labels, np.int32),
+            "keys": np.frombuffer(bytes(self._keys), np.uint8).reshape(-1, KEY_DIGITS),
+            "grids": np.asarray(self._grids, np.int32).reshape(-1, 2),
+        }
+        save_file(arrays, self._temporary / INDEX)
         description = {
             "format": FORMAT,
             "samples": len(self),
@@ -149,8 +150,6 @@ def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | 
             return None
         if description["digest"] != digest_of(directory):
             return None
-        with np.load(directory / INDEX) as index:
-            arrays = {name: index[name] for name in ("starts", "image_starts", "labels", "keys", "grids")}
         return PreparedData(
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
             supervised=np.memmap(directory / SUPERVISED, np.uint8, mode="r"),
@@ -158,26 +157,17 @@ def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | 
             digest=description["digest"],
             left_out=description["left_out"],
             not_in_cache=description["not_in_cache"],
-            **arrays,
+            **load_file(directory / INDEX),
         )
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def digest_of(directory: Path) -> str:
-    """xxh3_128 over all that training reads. Raises OSError or ValueError where a file is missing or damaged."""
+    """xxh3_128 over all that training reads. Raises OSError where a file is missing."""
     digest = xxhash.xxh3_128()
-    for block in _blocks(directory):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(directory: Path) -> Iterator[bytes]:
-    for name in (TOKENS, SUPERVISED):
+    for name in (TOKENS, SUPERVISED, INDEX):
         with (directory / name).open("rb") as file:
             while block := file.read(16 * 2**20):
-                yield block
-    # the arrays and not their file: a zip archive holds the time at which it was written
-    with np.load(directory / INDEX) as index:
-        for name in sorted(index.files):
-            yield np.ascontiguousarray(index[name]).tobytes()
+                digest.update(block)
+    return digest.hexdigest()
