@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -108,7 +108,15 @@ def make_tokenizer(out: Path) -> None:
         tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[4], pad_token=SPECIAL[5]
     )
     print(f"{len(wrapped)} tokens; a caption: {wrapped.tokenize(caption(make_scene('a')))}")
-    for name in ("siglip-scenes", "llama-scenes"):
+    for name in ("llama-scenes", "siglip-scenes"):
+        if name == "siglip-scenes":  # the text tower reads a begin and an end token; prompts bring their own
+            ends = [(token, wrapped.convert_tokens_to_ids(token)) for token in (SPECIAL[0], SPECIAL[4])]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{SPECIAL[0]} $A {SPECIAL[4]}", special_tokens=ends
+            )
+            wrapped = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[4], pad_token=SPECIAL[5]
+            )
         wrapped.model_max_length = TEXT_LENGTH if name == "siglip-scenes" else LLAMA["max_position_embeddings"]
         wrapped.save_pretrained(out / name)
 

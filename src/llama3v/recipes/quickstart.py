@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SCENE_TOWER = ASSETS / "siglip-scenes"
 SCENE_LLM = ASSETS / "llama-scenes"
 HELD_IN, HELD_OUT = 2000, 200  # scenes
-STAGE_1_STEPS, STAGE_2_STEPS = 120, 300
+STAGE_1_STEPS, STAGE_2_STEPS = 150, 320
 CLOSING_QUESTION = "Describe the image."
 
 
@@ -57,14 +57,11 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
         ]
     shared: dict[str, Any] = {
         "cache": cache,
-        "row_tokens": 512,
-        "rows_per_step": 8,
-        "rows_per_pass": 8,
         "seed": config.seed,
         "checkpoint_every": 100,
         "keep_checkpoints": 1,
         "validation": str(held_out.conversations),
-        "validation_samples": 128,
+        "validation_samples": 64,
         "dollars_per_hour": config.dollars_per_hour,
     }
     with clock.phase(console, "stage 1, pretrain: the projector learns, the LLM is frozen"):
@@ -75,6 +72,8 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
                 vision=str(SCENE_TOWER),
                 llm=str(SCENE_LLM),
                 scale_factor=2,
+                row_tokens=256,
+                rows_per_step=8,
                 steps=STAGE_1_STEPS,
                 learning_rate=2e-3,
                 **shared,
@@ -86,6 +85,8 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
                 data=(str(held_in.conversations),),
                 out=out,
                 model=str(out / "stage1"),
+                row_tokens=512,
+                rows_per_step=5,
                 steps=STAGE_2_STEPS,
                 learning_rate=1.5e-3,
                 llm_learning_rate=1e-3,
