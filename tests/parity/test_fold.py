@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
@@ -188,6 +190,8 @@ def picture(width: int = 150, height: int = 100):
 
 
 def test_the_idefics3_processor_makes_our_overview_and_our_ids_within_its_framing(idefics3: Exported) -> None:
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.importorskip("torchvision", reason="before 5.23 this processor needs torchvision")
     processor = AutoProcessor.from_pretrained(idefics3.directory)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)

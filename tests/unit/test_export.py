@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama3v.config import ExportConfig
@@ -15,6 +16,7 @@ from llama3v.exporters.hf import _keep_header_apart, foldable_tower
 from llama3v.exporters.texts import chat_template
 from llama3v.exporters.verbs import export
 from llama3v.model.fold import fold_weights, folded_name, grow_rows, padded_positions
+from llama3v.model.llama3v import load_model, save_model
 
 
 def files_of(directory: Path) -> set[str]:
@@ -42,6 +44,16 @@ def test_an_export_holds_what_stock_programs_read_and_a_summary(tiny_model_dir: 
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [4, 1]  # <|eot_id|>, <|end_of_text|>
     assert "Built with" not in (out / "README.md").read_text()
+
+
+def test_weights_keep_the_type_in_which_the_model_lies_on_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_model_dir)
+    save_model(model.to(torch.bfloat16), tokenizer, tmp_path / "model")
+    summary = export(ExportConfig(out=tmp_path / "stock", model=str(tmp_path / "model"), check=False))
+    assert summary["dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "stock" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "stock" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_an_export_replaces_an_earlier_one_and_an_empty_directory_but_nothing_else(

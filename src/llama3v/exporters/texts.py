@@ -68,7 +68,7 @@ A vision tower, a projection block of two self-attention blocks and a Llama, wri
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(".")
-processor = AutoProcessor.from_pretrained("."){needs}
+processor = AutoProcessor.from_pretrained(".")  # pip install {needs}
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(text=prompt, images=[image], return_tensors="pt")
@@ -95,6 +95,6 @@ def readme(form: str, tile_size: int, tokens_per_tile: int, built_with: str | No
         tile_size=tile_size,
         tokens_per_tile=tokens_per_tile,
         built_with=f"\n{built_with}\n" if built_with else "",
-        needs="  # pip install num2words torchvision" if form == "smolvlm" else "",
+        needs="num2words torchvision" if form == "smolvlm" else "torchvision",
     )
     return text + (_FRAMING_NOTE if form == "idefics3" else "")
