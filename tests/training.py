@@ -41,12 +41,20 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(record["step"], record.get("loss", record.get("validation_loss"))) for record in records]
 
 
+def log_of(options: Any) -> Path:
+    """Where the children of `start` print."""
+    return options.out.with_name(options.out.name + ".log")
+
+
 def start(verb: str, options: Any, environment: dict[str, str] | None = None) -> Any:
-    """Run a verb in a child process of its own; one server process has imported everything and forks them."""
+    """Run a verb in a child process of its own; one server process has imported everything and forks them.
+
+    What it prints goes to `log_of(options)`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_child"])
     from training_child import run
 
-    process = context.Process(target=run, args=(verb, options, environment or {}))
+    process = context.Process(target=run, args=(verb, options, environment or {}, log_of(options)))
     process.start()
     return process

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of this process: the server, before torch is there
@@ -15,9 +16,12 @@ import llama3v.cli
 import llama3v.train.run
 
 
-def run(verb: str, options: Any, environment: dict[str, str]) -> None:
+def run(verb: str, options: Any, environment: dict[str, str], log: Path) -> None:
     """What the command line does with parsed options."""
     os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     functions = {"pretrain": llama3v.train.run.pretrain, "sft": llama3v.train.run.sft}
     llama3v.cli._run = lambda arguments: functions[verb](options)  # type: ignore[assignment, misc, return-value]

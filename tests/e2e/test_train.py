@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 
 import pytest
 import torch
@@ -281,6 +282,38 @@ def test_single_bad_steps_are_counted_and_skipped(tmp_path, monkeypatch, stage1_
     summary = run.pretrain(PretrainConfig(out=tmp_path / "out", **stage1_options), console=quiet())
     assert summary["skipped_steps"] == 2
     assert summary["steps"] == 12
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_afterwards(tmp_path, stage1, stage1_options):
+    config = PretrainConfig(out=tmp_path, **stage1_options)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # less than the moments, more than anything before
+    try:
+        with pytest.raises(CheckpointError, match="no space"):
+            run.pretrain(config, console=quiet())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.pretrain(config, console=quiet())
+    assert losses(tmp_path) == losses(stage1[0])
+
+
+def test_a_damaged_record_stops_the_run_and_keeps_the_steps_before(tmp_path, monkeypatch, stage1, stage1_options):
+    reads = []
+
+    def read(self, key):
+        reads.append(key)
+        if len(reads) == 40:
+            raise CacheError(f"record {key} is damaged")
+        return real(self, key)
+
+    real = run.CacheReader.read
+    with monkeypatch.context() as patch:
+        patch.setattr(run.CacheReader, "read", read)
+        with pytest.raises(CacheError, match="is damaged"):
+            run.pretrain(PretrainConfig(out=tmp_path, **{**stage1_options, "checkpoint_every": 100}), console=quiet())
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+    run.pretrain(PretrainConfig(out=tmp_path, **stage1_options), console=quiet())
+    assert losses(tmp_path) == losses(stage1[0])
 
 
 def test_a_second_process_in_the_same_directory_is_refused(tmp_path, stage1_options):

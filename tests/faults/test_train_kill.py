@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import losses, make_pictures, start
+from training import log_of, losses, make_pictures, start
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
 from llama3v.feature_cache.commit import CRASH_VARIABLE
@@ -135,12 +135,12 @@ def test_a_damaged_newest_checkpoint_falls_back_and_ends_bit_equal(tmp_path, pre
     assert_equal_runs(out, whole)
 
 
-def test_sigterm_writes_a_checkpoint_and_leaves_with_one_line(tmp_path, prepared, whole, capfd):
+def test_sigterm_writes_a_checkpoint_and_leaves_with_one_line(tmp_path, prepared, whole):
     options = options_of(prepared, tmp_path / "out", checkpoint_every=1000)
     assert kill_after(options, 3, 0, signal.SIGTERM) == 128 + signal.SIGTERM
-    output = capfd.readouterr()
-    assert output.out.strip().splitlines()[-1].startswith("stopped by SIGTERM after step")
-    assert "Traceback" not in output.out + output.err
+    printed = log_of(options).read_text()
+    assert printed.strip().splitlines()[-1].startswith("stopped by SIGTERM after step")
+    assert "Traceback" not in printed
     step = steps_done(options.out)
     assert (options.out / "checkpoints" / f"step-{step:08d}").is_dir()
     assert complete(options) == 0
