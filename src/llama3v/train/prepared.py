@@ -115,7 +115,7 @@ class PreparedWriter:
         """Move what was added to its place and open it."""
         self._tokens.close()
         self._supervised.close()
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "starts": np.asarray(self._starts, np.int64),
             "image_starts": np.asarray(self._image_starts, np.int64),
             "labels": np.asarray(self._labels, np.int32),

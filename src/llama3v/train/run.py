@@ -159,9 +159,9 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
             done = loop.run(line, stop)
         finally:
             metrics.close()
-    curves.draw(metrics.path, config.out / "curves.png", stage.title)
     if not done:
         raise _stopped(console, stop, loop)
+    curves.draw(metrics.path, config.out / "curves.png", stage.title)
     save_model(model, tokenizer, config.out)
     summary = _summary(stage, loop, data, plan, lines, fullness)
     replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
