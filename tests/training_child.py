@@ -8,7 +8,6 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # of this process: the server, before torch is there
 
 import matplotlib.backends.backend_agg
-import matplotlib.figure
 import torch._dynamo
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import threading
 
 import pytest
 import torch
@@ -301,7 +302,8 @@ def test_a_damaged_record_stops_the_run_and_keeps_the_steps_before(tmp_path, mon
     reads = []
 
     def read(self, key):
-        reads.append(key)
+        if threading.current_thread() is not threading.main_thread():  # where validation reads
+            reads.append(key)
         if len(reads) == 40:
             raise CacheError(f"record {key} is damaged")
         return real(self, key)

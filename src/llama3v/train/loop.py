@@ -89,15 +89,12 @@ class Loop:
                 if stop.requested:
                     self.save()
                     return False
-                record = self._one_step(ahead)
+                record = self._step_or_save(ahead)
                 self.metrics.append(record)
                 line.show(record)
                 self._measure_if_due()
                 if self.progress.step % self.schedule.checkpoint_every == 0 or self.progress.step == last:
                     self.save()
-        except CacheError:  # a record that cannot be read: keep the work of the steps before it
-            self.save()
-            raise
         finally:
             ahead.close()
         return True
@@ -124,6 +121,13 @@ class Loop:
         set_random_state(checkpoint.state["rng"])
         self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(Progress())})
         self._saved_at = self.progress.step
+
+    def _step_or_save(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
+        try:
+            return self._one_step(ahead)
+        except CacheError:  # a record that cannot be read: keep the work of the steps before it
+            self.save()
+            raise
 
     def _one_step(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
         begun, waited = perf_counter(), ahead.waited
