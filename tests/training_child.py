@@ -8,9 +8,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # of this process: the server, before torch is there
 
 import matplotlib.backends.backend_agg  # noqa: F401
-import torch._dynamo  # noqa: F401
-import transformers.models.auto.tokenization_auto  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
+import torch._dynamo
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama
 import transformers.models.siglip.modeling_siglip  # noqa: F401
 
 import llama3v.cli
