@@ -2,10 +2,17 @@
 
     python scripts/make_assets.py tokenizer
     python scripts/make_assets.py siglip --threads 1 --steps 2500 --stop-after 2000
-    python scripts/make_assets.py llama --threads 1 --steps 1800 --batch 14 --learning-rate 2e-3
+    python scripts/make_assets.py llama --threads 1 --steps 1800 --stop-after 1500 --batch 14 --learning-rate 2e-3
+    python scripts/make_assets.py llama --lookups --steps 900 --stop-after 450 --batch 9 --row 384 --learning-rate 2e-3 --seed 1
+    python scripts/make_assets.py llama --lookups --steps 750 --batch 9 --row 384 --learning-rate 1.5e-3 --seed 2
 
-Seconds, then about 45 minutes each on one core; the last two may run at the same time. Step counts are fixed, so that
-the result does not depend on how fast the machine is. Output: src/llama3v/assets/{siglip,llama}-scenes, scripts/logs/.
+Seconds, then about 45, 25, 5 and 7 minutes; siglip and llama may run at the same time, one core each. Output:
+src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/.
+
+The logs that are committed are those of the carried weights: siglip.jsonl, and llama-1 to llama-3.jsonl for the three
+parts of the LLM. The parts were trained while the documents were still being worked out, so that a new run gives weights
+of the same kind but not the same bits: parts 1 and 2 had no places in merged facts (part 1), sheets in 30% of the
+documents (parts 1 and 2), and sheets of three pages (part 1).
 """
 
 import json
@@ -57,7 +64,6 @@ TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
     "max_position_embeddings": TEXT_LENGTH, "projection_size": 192,
 }  # fmt: skip
-ROW = 256  # positions of a packed row of documents
 LLAMA = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": True,
@@ -75,8 +81,12 @@ class Options:
     """Optimizer steps."""
     batch: int = 64
     """Scenes, or packed rows of documents, in a step."""
+    row: int = 256
+    """Positions in a packed row of documents."""
     stop_after: int | None = None
     """Stop at this step of the schedule (the encoder captioned without a mistake long before its last step)."""
+    lookups: bool = False
+    """Llama's second part: go on from the first part's weights, with more questions and few captions a document."""
     learning_rate: float = 1.5e-3
     """Peak; linear warm-up over 5% of the steps, then a cosine to zero."""
     seed: int = 0
@@ -360,9 +370,12 @@ def train_llama(options: Options) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, **ids))
+    if options.lookups:
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA, **ids))
     optimizer = optimizer_for([model])
-    log = Log("llama", options)
+    log = Log("llama-lookups" if options.lookups else "llama", options)
     print(f"{model.num_parameters():,} parameters")
 
     layout = Layout(tokenizer)
@@ -370,14 +383,20 @@ def train_llama(options: Options) -> None:
     def batch_of(prefix: str, tokens: int, share: float = 1.0) -> LlamaBatch:
         """Documents grow in the first third of training: looking a fact up is learnt sooner among few facts."""
         size = next((size for until, size in ((0.10, 1), (0.2, 2), (0.33, 3)) if share < until), 9)
+        asked, captions, sheets = min(size + 2, 6), 1.0, 0.3
+        if options.lookups:
+            size = next((size for until, size in ((0.2, 2), (0.5, 3)) if share < until), 9)
+            asked, captions, sheets = min(2 * size, 10), 0.1, 0.12
         documents: list[Positions] = []
         while sum(len(document.labels) for document in documents) < tokens:
-            documents.append(layout(make_document(f"{prefix}/{len(documents)}", size, min(size + 2, 6))))
-        return llama_batch(documents, ROW, layout.pad)
+            documents.append(layout(make_document(f"{prefix}/{len(documents)}", size, asked, captions, sheets)))
+        return llama_batch(documents, options.row, layout.pad)
 
     held_out = batch_of("held-out", 20_000)
     for step in range(options.stop_after or options.steps):
-        loss, right = llama_loss(model, batch_of(f"{options.seed}/{step}", options.batch * ROW, step / options.steps))
+        loss, right = llama_loss(
+            model, batch_of(f"{options.seed}/{step}", options.batch * options.row, step / options.steps)
+        )
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, options.steps, options.learning_rate)
         optimizer.zero_grad(set_to_none=True)

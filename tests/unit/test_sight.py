@@ -29,14 +29,14 @@ def test_a_model_that_looks_is_told_from_one_that_guesses() -> None:
     assert sight.answers["blind"] == ["nothing"] * 8
 
 
-def test_a_wrong_image_is_another_picture_of_the_same_grid() -> None:
+def test_a_wrong_image_is_another_picture_sliced_or_not_as_this_one_is() -> None:
     asked = probes([Grid(1, 1), Grid(2, 1), Grid(1, 1), Grid(2, 1), Grid(2, 1)])
     for probe, wrong in zip(asked, wrong_images(asked), strict=True):
         assert wrong is not probe.image
-        assert wrong.grid == probe.image.grid
+        assert (wrong.grid.tiles > 1) == (probe.image.grid.tiles > 1)
 
 
-def test_a_lone_picture_of_its_grid_is_an_error_that_says_what_to_do() -> None:
+def test_a_lone_picture_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(DataError, match="more held-out pictures"):
         wrong_images(probes([Grid(1, 1), Grid(2, 1), Grid(1, 1)]))
 

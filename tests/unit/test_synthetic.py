@@ -62,7 +62,9 @@ def test_answers_are_what_a_second_reading_of_the_scene_says() -> None:
     assert asked > 300
 
 
-@pytest.mark.parametrize(("row", "column", "answer"), [(0, 1, "above"), (2, 1, "below"), (1, 0, "left"), (1, 2, "right")])
+@pytest.mark.parametrize(
+    ("row", "column", "answer"), [(0, 1, "above"), (2, 1, "below"), (1, 0, "left"), (1, 2, "right")]
+)
 def test_relations_are_asked_where_one_direction_holds(row: int, column: int, answer: str) -> None:
     star, circle = Item("shape", "star", "red", "big", row, column), Item("shape", "circle", "blue", "big", 1, 1)
     found = {q.text: q.answer for q in questions(Scene(((star, circle),), 1, 1, "x"), random.Random(0))}

@@ -80,18 +80,17 @@ def measure_sight(
 
 
 def wrong_images(probes: Sequence[Probe]) -> list[ImageFeatures]:
-    """For each probe the image of the next picture that differs, among those of the same grid, going round."""
-    by_grid: dict[tuple[int, int], list[Probe]] = {}
+    """For each probe the image of the next picture, going round among the sliced pictures or among the others."""
+    groups: dict[bool, list[Probe]] = {}
     for probe in probes:
-        by_grid.setdefault((probe.image.grid.columns, probe.image.grid.rows), []).append(probe)
-    other: dict[int, ImageFeatures] = {}
-    for group in by_grid.values():
+        groups.setdefault(probe.image.grid.tiles > 1, []).append(probe)
+    other: dict[str, ImageFeatures] = {}
+    for group in groups.values():
         pictures = list({probe.picture: probe.image for probe in group}.items())
         if len(pictures) < 2:
-            raise DataError(f"only one picture has the grid of {pictures[0][0]}; give more held-out pictures")
-        following = {name: pictures[(i + 1) % len(pictures)][1] for i, (name, _) in enumerate(pictures)}
-        other |= {id(probe): following[probe.picture] for probe in group}
-    return [other[id(probe)] for probe in probes]
+            raise DataError(f"{pictures[0][0]} has no other picture to stand in for it; give more held-out pictures")
+        other |= {name: pictures[(i + 1) % len(pictures)][1] for i, (name, _) in enumerate(pictures)}
+    return [other[probe.picture] for probe in probes]
 
 
 def _question(text: str, image: ImageFeatures | None) -> tuple[list[Turn], list[ImageFeatures]]:

@@ -29,6 +29,8 @@ class SmolConfig:
     """Directory for the cache, both stages, the report and the trained model."""
     rows: int = 15_000
     """Rows of `data` that are used."""
+    held_out_rows: int = 500
+    """Rows of `held_out` whose loss is measured."""
     pretrain_steps: int = 150
     """Steps of stage 1."""
     sft_steps: int = 300
@@ -61,7 +63,7 @@ def smol(config: SmolConfig) -> dict[str, Any]:
     import llama3v
 
     out, cache = config.out, config.out / "cache"
-    for name, data, rows in (("train", config.data, config.rows), ("held-out", config.held_out, None)):
+    for name, data, rows in (("train", config.data, config.rows), ("held-out", config.held_out, config.held_out_rows)):
         llama3v.encode(
             EncodeConfig(
                 data=data, vision=config.vision, cache=cache, out=out / "encode" / name, max_tiles=0, limit=rows
@@ -76,7 +78,7 @@ def smol(config: SmolConfig) -> dict[str, Any]:
         "rows_per_pass": 2,
         "checkpoint_every": 50,
         "validation": config.held_out,
-        "validation_samples": 200,
+        "validation_samples": 150,
         "dollars_per_hour": config.dollars_per_hour,
     }
     stage_1 = llama3v.pretrain(

@@ -9,10 +9,10 @@ read superposed words from its size, a tiny one has to meet them.
 import random
 from dataclasses import dataclass, replace
 
-from llama3v.data.synthetic.language import CAPTION_PROMPTS, caption, name_item, questions
+from llama3v.data.synthetic.language import CAPTION_PROMPTS, caption, name_item, place_of_item, questions
 from llama3v.data.synthetic.scenes import Item, Scene, make_scene
 
-MERGED_SHARE = 0.65
+MERGED_SHARE = 0.8
 EMPTY = "."  # what stands at a place with nothing on it
 
 
@@ -24,12 +24,20 @@ class Document:
     turns: tuple[tuple[str, str], ...]  # (question, answer)
 
 
-def make_document(seed: str, most_items: int = 9, most_questions: int = 6) -> Document:
-    """The document of a seed. Fewer items and questions make a shorter one, for the beginning of training."""
+def make_document(
+    seed: str, most_items: int = 9, most_questions: int = 6, caption_share: float = 1.0, sheet_share: float = 0.3
+) -> Document:
+    """The document of a seed. Fewer items and questions make a shorter one, for the beginning of training.
+
+    A `caption_share` of the documents also ask for the caption, which is learnt by copying in order; what the others
+    ask can only be answered by finding the one fact that is meant.
+    """
     rng = random.Random(seed + "/document")
-    scene = _with_at_most(most_items, make_scene(seed, sheet=rng.random() < 0.3), rng)
+    scene = _with_at_most(most_items, make_scene(seed, sheet=rng.random() < sheet_share), rng)
     asked = [(question.text, question.answer) for question in questions(scene, rng)[:most_questions]]
-    asked.insert(rng.randrange(len(asked) + 1), (rng.choice(CAPTION_PROMPTS), caption(scene)))
+    described = (rng.choice(CAPTION_PROMPTS), caption(scene))
+    if rng.random() < caption_share:
+        asked.insert(rng.randrange(len(asked) + 1), described)
     if rng.random() < MERGED_SHARE:
         return Document(merged_prefix(scene, rng), tuple(asked))
     return Document((caption(scene, rng),), tuple(asked))
@@ -59,4 +67,9 @@ def merged_prefix(scene: Scene, rng: random.Random) -> tuple[str | tuple[str, ..
 def _merged_page(items: tuple[Item, ...]) -> list[tuple[str, ...]]:
     at = {(item.row, item.column): item for item in items}
     places = [(row, column) for row in range(3) for column in range(3)]
-    return [tuple(name_item(at[place]).split()[1:]) if place in at else (EMPTY,) for place in places]
+    return [_merged_item(at[place]) if place in at else (EMPTY,) for place in places]
+
+
+def _merged_item(item: Item) -> tuple[str, ...]:
+    """What the caption says of the item, its place included: an encoder that was trained on captions tells that too."""
+    return (*name_item(item).split()[1:], *place_of_item(item).split())

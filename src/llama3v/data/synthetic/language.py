@@ -128,7 +128,7 @@ def _relations(items: tuple[Item, ...], shapes: list[Item], rng: random.Random) 
                 )
             )
     rng.shuffle(asked)
-    return asked[:2]
+    return asked[:3]
 
 
 def _shortest(item: Item, shapes: list[Item]) -> str:

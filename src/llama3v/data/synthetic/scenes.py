@@ -28,7 +28,7 @@ WORDS = (
     *("book", "door", "lamp", "fire", "snow", "wolf", "frog", "bear", "kite", "jump"),
 )
 SCENE_SIZE = 72  # pixels a side; also the tile size of the embedded vision tower
-SHEET_GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3))  # columns x rows
+SHEET_GRIDS = ((2, 1), (1, 2), (2, 2))  # columns x rows
 _OVERSAMPLING = 3
 _RADIUS = {"big": 10.0, "small": 5.5}  # of a shape, in pixels of a 72-pixel scene
 
@@ -83,7 +83,9 @@ def _page(rng: random.Random) -> tuple[Item, ...]:
         free = [place for place in free if place[0] != row]
     if rng.random() < 0.4:
         items.append(Item("digit", str(rng.randrange(10)), rng.choice(tuple(COLOURS)), "big", *free.pop()))
-    kinds: dict[str, bool] = {}  # one scene shows a shape twice more often than chance would, so that counting is worth asking
+    kinds: dict[
+        str, bool
+    ] = {}  # one scene shows a shape twice more often than chance would, so that counting is worth asking
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
         colour, shape = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
         if kinds and rng.random() < 0.35:
