@@ -155,7 +155,7 @@ def test_a_sweep_of_twenty_kills_ends_bit_equal(tmp_path, prepared, whole):
     for _ in range(20):
         # anywhere from loading the model on: also while preparing data, validating or writing the model
         process = start("sft", options)
-        time.sleep(chance.uniform(0.3, 1.5))
+        time.sleep(chance.uniform(0.3, 4.0))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -28,10 +28,9 @@ from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.dataset import Preparation, prepare
 from llama3v.train.loop import Loop, Schedule, set_modes
-from llama3v.train.meter import Meter, MetricsLog, ProgressLine, read_metrics, trim_metrics
+from llama3v.train.meter import Meter, MetricsLog, ProgressLine, trim_metrics
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import (
-    FREE,
     differences,
     environment,
     plain,
@@ -41,6 +40,7 @@ from llama3v.train.resume import (
     weights_digest,
 )
 from llama3v.train.signals import StopRequest
+from llama3v.train.summary import finished_run, summarise
 from llama3v.train.validation import Validation
 
 BETAS = (0.9, 0.95)  # as Llama was trained (arXiv 2302.13971, section 2.3)
@@ -107,7 +107,7 @@ class _Stage:
 
 def _run(stage: _Stage, console: Console) -> dict[str, Any]:
     config = stage.config
-    if (summary := _finished(stage)) is not None:
+    if (summary := finished_run(stage.name, config)) is not None:
         _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary
     config.out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
         raise _stopped(console, stop, loop)
     curves.draw(metrics.path, config.out / "curves.png", stage.title)
     save_model(model, tokenizer, config.out)
-    summary = _summary(stage, loop, data, plan, lines, fullness)
+    summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
     replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -300,61 +300,6 @@ def _stopped(console: Console, stop: StopRequest, loop: Loop) -> SystemExit:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _summary(
-    stage: _Stage, loop: Loop, data: PreparedData, plan: RowPlan, lines: list[stages.Line], fullness: float
-) -> dict[str, Any]:
-    records = list(read_metrics(loop.metrics.path))
-    losses = [record["loss"] for record in records if record.get("loss") is not None]
-    last = max(1, len(losses) // 20)
-    measured: dict[str, Any] = next((record for record in reversed(records) if "validation_loss" in record), {})
-    return {
-        "verb": stage.name,
-        "policy": stage.policy,
-        "finished": True,
-        "model": str(stage.config.out),
-        "steps": loop.schedule.steps,
-        "skipped_steps": loop.progress.skipped,
-        "epochs": plan.epochs_in(loop.schedule.steps),
-        "samples": len(data),
-        "left_out": data.left_out,
-        "fill": fullness,
-        "first_loss": losses[0] if losses else None,
-        "loss": sum(losses[-last:]) / last if losses else None,  # mean over the last twentieth
-        **{name: value for name, value in measured.items() if name.startswith("validation")},
-        **loop.meter.counts,
-        "seconds": round(loop.meter.seconds, 2),
-        "dollars": round(loop.meter.dollars, 6),
-        "trained_parameters": sum(line.parameters for line in lines if line.learning_rate is not None),
-        "what_trains": [
-            {"pattern": line.pattern, "parameters": line.parameters, "learning_rate": line.learning_rate}
-            for line in lines
-        ],
-        "options": plain(stage.config),
-        "environment": environment(),
-    }
-
-
-def _finished(stage: _Stage) -> dict[str, Any] | None:
-    """The summary of a finished run in `out`, or None. CheckpointError where it was another run."""
-    path = stage.config.out / "summary.json"
-    try:
-        summary = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); remove it and run again") from error
-    if not summary.get("finished") or summary.get("verb") not in ("pretrain", "sft"):
-        return None
-    now = {**_asked(plain(stage.config)), "verb": stage.name}
-    refuse_drift({**_asked(summary["options"]), "verb": summary["verb"]}, now, stage.config.out)
-    return summary
-
-
-def _asked(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a finished run's results depend on."""
-    return {name: value for name, value in options.items() if name not in FREE or name.startswith("validat")}
 
 
 @contextmanager
