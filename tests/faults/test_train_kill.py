@@ -99,17 +99,17 @@ def test_runs_killed_at_random_moments_end_bit_equal(tmp_path, prepared, whole):
     options = options_of(prepared, tmp_path / "out")
     chance = random.Random(0)
     codes = []
-    for step in sorted(chance.sample(range(1, STEPS), 5)):
+    for step in sorted(chance.sample(range(1, STEPS), 3)):
         codes.append(kill_after(options, step, chance.uniform(0, 0.05)))
-    assert codes.count(KILLED) >= 3, codes  # a slow test machine may let the last ones finish
+    assert codes.count(KILLED) >= 2, codes  # a slow test machine may let the last ones finish
     assert complete(options) == 0
     assert_equal_runs(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("point", ["checkpoint-optimizer.safetensors", "checkpoint-renamed"])
-def test_a_run_killed_inside_a_checkpoint_ends_bit_equal(tmp_path, prepared, whole, monkeypatch, point):
+# every other moment of a save: tests/unit/test_checkpoint.py
+def test_a_run_killed_inside_a_checkpoint_ends_bit_equal(tmp_path, prepared, whole):
     options = options_of(prepared, tmp_path / "out")
-    assert crash_at(options, f"{point}:3") == 137
+    assert crash_at(options, "checkpoint-optimizer.safetensors:3") == 137
     assert complete(options) == 0
     assert_equal_runs(tmp_path / "out", whole)
 
