@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+import llama3v
 from llama3v.config import QuickstartConfig
 from llama3v.engines.torch import TorchEngine
 from llama3v.model.prompt import Turn
-from llama3v.recipes import quickstart as recipe
 
 STEPS = 3
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         module.setattr(f"llama3v.recipes.quickstart.{name}", value)
     out = tmp_path_factory.mktemp("quickstart")
     try:
-        yield recipe(QuickstartConfig(out=out)), out
+        yield llama3v.quickstart(QuickstartConfig(out=out)), out
     finally:
         module.undo()
 
