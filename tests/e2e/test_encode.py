@@ -305,10 +305,10 @@ def test_kills_at_any_moment_cost_little_and_a_rerun_completes(config: EncodeCon
     done = subprocess.run(command, input="\n".join(orders), capture_output=True, text=True, check=True)
     codes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("exit ")]
     assert len(codes) == len(orders)
-    assert [code for code, order in zip(codes, orders, strict=True) if not order.startswith("never")] == (
-        [CRASH_EXIT_CODE] * 5
-    ), done.stderr
-    assert codes.count(-signal.SIGKILL) >= 2  # the others may have been quicker than the kill
+    assert set(codes) <= {CRASH_EXIT_CODE, -signal.SIGKILL, 0}, done.stderr
+    # a fast machine may be done before a kill comes, and then later starts find nothing left to write
+    assert codes[:2] == [CRASH_EXIT_CODE] * 2, done.stderr
+    assert len(codes) - codes.count(0) >= 3, done.stderr
     before = len(CacheReader(killed.cache))
     assert before > 0
     summary = encode(killed)
