@@ -6,13 +6,14 @@
     python scripts/make_assets.py llama --lookups --steps 900 --stop-after 450 --batch 9 --row 384 --learning-rate 2e-3 --seed 1
     python scripts/make_assets.py llama --lookups --steps 750 --batch 9 --row 384 --learning-rate 1.5e-3 --seed 2
 
-Seconds, then about 45, 25, 5 and 7 minutes; siglip and llama may run at the same time, one core each. Output:
-src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/.
+Output: src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/. The logs state the seconds each took on a machine
+that was shared with other work; siglip and llama may run at the same time, one core each.
 
-The logs that are committed are those of the carried weights: siglip.jsonl, and llama-1 to llama-3.jsonl for the three
-parts of the LLM. The parts were trained while the documents were still being worked out, so that a new run gives weights
-of the same kind but not the same bits: parts 1 and 2 had no places in merged facts (part 1), sheets in 30% of the
-documents (parts 1 and 2), and sheets of three pages (part 1).
+The committed logs are those of the carried weights: siglip.jsonl, and llama-1 to llama-3.jsonl for the three parts of the
+LLM. These commands do NOT give the carried LLM again: its documents and the mix of them were still being changed between
+the parts. Part 1: merged facts without places in 65% of the documents, 30% sheets (some of three pages), a caption in
+every document. Part 2: with places, 80% merged, 30% sheets, captions in 20%. Part 3: as the code stands now. Parts 1 and
+2 ran on past the step whose weights were kept (1500 and 450), which their logs show.
 """
 
 import json

@@ -54,7 +54,7 @@ class Captioned:
 def smol(config: SmolConfig) -> dict[str, Any]:
     """Both stages over one cache, on real photographs; then captions of photographs it never saw.
 
-    Command: examples/smol.py (its docstring has the exact line). Hardware: 2 CPU cores and 8 GiB. Measured times, losses
+    Command: examples/smol.py (its docstring has the exact line). Hardware: 2 CPU cores. Measured times, losses
     and captions: benchmarks/results/smol/.
 
     Returns the summary, with `validation_loss` (right image) and `validation_loss_shuffled` of both stages. Writes

@@ -1,7 +1,7 @@
 """Text-only documents for the tiny LLM of the embedded default: facts first, then questions about them.
 
 An LLM trained on single captions cannot read a prefix; in these documents later text repeats earlier facts. In a share
-of them the facts are *merged*: each place of a scene is one position that holds the mean of several words' embeddings,
+of them the facts are *merged*: each place of a scene is one position that holds several words' embeddings (their sum over the root of their number),
 laid out as visual tokens are (nine to a tile, "," and "\\n" between tiles). No picture is involved; a large LLM learns to
 read superposed words from its size, a tiny one has to meet them.
 """
