@@ -72,14 +72,13 @@ class Index:
         """Take in what was committed or set aside since the last time."""
         entries = journal.read(self.paths.damaged)
         self.damaged.update((entry["shard"], entry["key"]) for entry in entries)
-        names = sorted(path.stem for path in self.paths.shards.glob("*.idx"))
-        names = [name for name in names if (name, "") not in self.damaged]
-        known, self.shards, self.broken = self.shards, {}, {}
-        for name in names:
-            try:
-                self.shards[name] = known[name] if name in known else self._load(name)
-            except (ValueError, OSError) as error:
-                self.broken[name] = str(error)
+        names = self._listed()
+        while True:
+            shards, broken = self._load_all(names)
+            before, names = names, self._listed()
+            if names == before:
+                break  # else a prune may just have moved records to a shard that the list did not have
+        self.shards, self.broken = shards, broken
         self._view = self._make_view()
 
     def find(self, key: str) -> list[Record]:
@@ -134,6 +133,21 @@ class Index:
                 f"cannot mark {len(new)} damaged records in {self.paths.damaged} ({error.strerror}); "
                 "make the cache directory writable and run `llama3v cache verify` on it"
             ) from error
+
+    def _listed(self) -> list[str]:
+        names = sorted(path.stem for path in self.paths.shards.glob("*.idx"))
+        return [name for name in names if (name, "") not in self.damaged]
+
+    def _load_all(self, names: list[str]) -> tuple[dict[str, ShardIndex], dict[str, str]]:
+        """The shards that can be trusted, and the reasons of those that cannot."""
+        shards: dict[str, ShardIndex] = {}
+        broken: dict[str, str] = {}
+        for name in names:
+            try:
+                shards[name] = self.shards[name] if name in self.shards else self._load(name)
+            except (ValueError, OSError) as error:
+                broken[name] = str(error)
+        return shards, broken
 
     def _load(self, name: str) -> ShardIndex:
         """Raises ValueError with the reason, or OSError, if the shard cannot be trusted."""

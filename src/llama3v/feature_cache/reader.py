@@ -6,6 +6,7 @@ kernel may drop a mapped page and read it again); and an I/O error is an excepti
 mapping kills the process (SIGBUS).
 """
 
+import errno
 import hashlib
 import os
 import threading
@@ -155,6 +156,19 @@ class CacheReader:
         return copies
 
     def _read_verified(self, key: str) -> tuple[Record, np.ndarray]:
+        try:
+            return self._read_any_copy(key)
+        except _GoneError:  # pruned meanwhile: what was kept stands in a newer shard
+            self._index.refresh()
+        try:
+            return self._read_any_copy(key)
+        except _GoneError as error:
+            raise CacheError(
+                f"record {key}: its shard {error} is missing although it has an index; "
+                f"`llama3v cache verify {self.root}` sets it aside, `llama3v encode` then encodes it anew"
+            ) from None
+
+    def _read_any_copy(self, key: str) -> tuple[Record, np.ndarray]:
         failures = []
         for record in self._copies(key):
             try:
@@ -167,7 +181,7 @@ class CacheReader:
         )
 
     def _read_copy(self, record: Record) -> np.ndarray:
-        """uint8 [bytes]. Raises _DamageError, after setting the record or its shard aside."""
+        """uint8 [bytes]. Raises _DamageError, after setting the record or its shard aside, or _GoneError."""
         wait = RETRY_SECONDS
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
@@ -176,6 +190,10 @@ class CacheReader:
                     return data
                 reason = "its bytes do not match their checksum"
             except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ESTALE):
+                    with self._files_lock:
+                        self._files.pop(record.shard, None)
+                    raise _GoneError(record.shard) from error
                 reason = f"it cannot be read ({error.strerror or error})"
             if attempt < READ_ATTEMPTS:
                 time.sleep(wait)
@@ -200,11 +218,13 @@ class CacheReader:
             if file is not None:
                 self._files.move_to_end(record.shard)
                 return file
-        return self._open_new(self._index.shards.get(record.shard))
+        index = self._index.shards.get(record.shard)
+        if index is None:  # another thread set it aside, or found it pruned
+            aside = (record.shard, "") in self._index.damaged
+            raise _DamageError("its shard was set aside") if aside else _GoneError(record.shard)
+        return self._open_new(index)
 
-    def _open_new(self, index: ShardIndex | None) -> "_ShardFile":
-        if index is None:
-            raise _DamageError("its shard was set aside")
+    def _open_new(self, index: ShardIndex) -> "_ShardFile":
         if not shard_header_is_whole(self.paths, index):
             raise self._set_aside(index.shard, "", "the header of its shard is damaged")
         file = _ShardFile(self.paths.shard(index.shard))
@@ -232,6 +252,10 @@ def content_digest(index: Index) -> str:
 
 class _DamageError(Exception):
     """One copy of a record cannot be used."""
+
+
+class _GoneError(Exception):
+    """The shard's file is not there any more; carries its name."""
 
 
 class _ShardFile:

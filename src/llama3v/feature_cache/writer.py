@@ -7,6 +7,7 @@ readers take for one.
 
 import errno
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from llama3v.feature_cache.layout import (
     write_manifest,
 )
 from llama3v.feature_cache.orphans import collect_orphans
+from llama3v.feature_cache.presence import enter_as_writer
 from llama3v.feature_cache.records import (
     BYTES_PER_VALUE,
     Record,
@@ -75,6 +77,7 @@ class CacheWriter:
         try:
             write_manifest(self.paths, manifest)
             read_manifest(self.paths)
+            self._presence = enter_as_writer(self.paths)  # held until this object goes
             self.collected = collect_orphans(self.paths)
             self._index.refresh()
         except OSError as error:
@@ -146,9 +149,8 @@ class CacheWriter:
         """
         if not self._pending:
             return 0
-        shard = new_shard_name()
         try:
-            self._write(shard)
+            write_shard(self.paths, list(self._pending.values()))
             self._index.refresh()
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -171,24 +173,6 @@ class CacheWriter:
         if kind is None:
             self.close()
 
-    def _write(self, shard: str) -> None:
-        header = shard_header([record for record, _ in self._pending.values()], self.fingerprint)
-        records, offset = [], len(header)
-        for record, _ in self._pending.values():
-            records.append(replace(record, offset=offset, shard=shard))
-            offset += record.bytes
-        index = pack_index(shard, self.fingerprint, CODEC, records, header)
-        data = [data for _, data in self._pending.values()]
-        shard_path, index_path = self.paths.shard(shard), self.paths.index(shard)
-        try:
-            # The index is written inside the shard's lock: until it is there, no collector may take the shard away.
-            with publish(shard_path, [header, *data], "shard"), publish(index_path, index, "index"):
-                pass
-        except BaseException:
-            if not index_path.exists():
-                shard_path.unlink(missing_ok=True)
-            raise
-
     def _cannot_write(self, error: OSError) -> CacheError:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -199,6 +183,32 @@ class CacheWriter:
             f"cannot write to the cache {self.paths.directory}: {reason}; the {len(self._index)} records committed "
             "before are safe. Mend that and run the same command again"
         )
+
+
+def write_shard(paths: CachePaths, pending: Sequence[tuple[Record, bytes]]) -> str:
+    """Commit records with their bytes as one new shard, and return its name. Their offsets and shard are set here.
+
+    Raises:
+        OSError: it could not be written; nothing is left then.
+    """
+    shard = new_shard_name()
+    header = shard_header([record for record, _ in pending], paths.fingerprint)
+    records, offset = [], len(header)
+    for record, _ in pending:
+        records.append(replace(record, offset=offset, shard=shard))
+        offset += record.bytes
+    index = pack_index(shard, paths.fingerprint, records[0].dtype, records, header)
+    data = [data for _, data in pending]
+    shard_path, index_path = paths.shard(shard), paths.index(shard)
+    try:
+        # The index is written inside the shard's lock: until it is there, no collector may take the shard away.
+        with publish(shard_path, [header, *data], "shard"), publish(index_path, index, "index"):
+            pass
+    except BaseException:
+        if not index_path.exists():
+            shard_path.unlink(missing_ok=True)
+        raise
+    return shard
 
 
 def _make_record(key: str, features: np.ndarray, grid: Grid, name: str) -> tuple[Record, bytes]:
