@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from llama3v.errors import ConfigError
 
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
+Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
 # What may stay unset: its description says what happens then, so help does not add "(default: None)".
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
@@ -74,6 +75,9 @@ class EncodeConfig:
     """Most slices of one image beside its overview (0: overview only)."""
     precision: Precision = "fp32"
     """Precision of the forward pass; features are stored in bf16 either way."""
+    engine: Engine = "torch"
+    """What runs the tower: torch; openvino, onnxruntime or mlx where that extra is installed; auto: the
+    fastest on this machine, by measuring a few tiles. The features are the same."""
     batch_tiles: int = 16
     """Tiles in one forward pass."""
     shard_mb: int = 256
@@ -95,17 +99,42 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Look into a feature cache.
+    """Look into a feature cache, check all of it, drop what no data set needs, or hand features to others.
 
     Examples:
         llama3v cache info /nvme/cache
-        llama3v cache verify /nvme/cache
+        llama3v cache verify /nvme/cache --out reports
+        llama3v cache prune /nvme/cache --keep photos/train.json --yes
+        llama3v cache export /nvme/cache --out plain --limit 1000
     """
 
-    action: Positional[Literal["info", "verify"]]
-    """info: counts, bytes and the fingerprint in words. verify: read every record and check its checksum."""
+    action: Positional[Literal["info", "verify", "prune", "export"]]
+    """info: counts, bytes and the fingerprint in words. verify: read every record and check its checksum.
+    prune: drop records that `keep` does not name, records that are set aside, and duplicates. export: write
+    plain safetensors files and the names of the images, for programs that know nothing of caches."""
     cache: Positional[Path]
     """Root of the feature cache."""
+    out: MaybePath = None
+    """Directory for the report, <action>.json; for export, of the files too."""
+    fingerprint: MaybeText = None
+    """Only the features of this fingerprint (default: all; export takes one)."""
+    keep: Annotated[tuple[str, ...], arg(metavar="DATA...", help_behavior_hint="")] = ()
+    """prune and export: data sets (as encode takes them, or their digests as `info` shows them) whose images
+    are kept or exported (default: every record)."""
+    yes: Annotated[bool, FlagCreatePairsOff] = False
+    """prune: do it; without, only tell what would go."""
+    limit: MaybeInt = None
+    """export: only the first N records, in the order of their keys."""
+    file_mb: int = 512
+    """export: size of a file of features, about."""
+
+    def __post_init__(self) -> None:
+        _require(self.action in ("prune", "export") or not self.keep, f"--keep has no meaning for {self.action}")
+        _require(self.action == "prune" or not self.yes, f"--yes has no meaning for {self.action}")
+        _require(self.action == "export" or self.limit is None, f"--limit has no meaning for {self.action}")
+        _require(self.action != "export" or self.out is not None, "export needs a directory: --out DIR")
+        _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; give 1 or more")
+        _require(self.file_mb >= 1, f"--file-mb is {self.file_mb}; give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
