@@ -14,6 +14,7 @@ from llama3v.errors import ConfigError
 
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
+Codec = Literal["bf16", "int8", "fp8"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
 # What may stay unset: its description says what happens then, so help does not add "(default: None)".
@@ -74,7 +75,9 @@ class EncodeConfig:
     max_tiles: int = 6
     """Most slices of one image beside its overview (0: overview only)."""
     precision: Precision = "fp32"
-    """Precision of the forward pass; features are stored in bf16 either way."""
+    """Precision of the forward pass; its features are rounded to bf16 either way."""
+    codec: Codec = "bf16"
+    """How features are stored: bf16; int8 or fp8 (half the bytes, at a small loss of precision)."""
     engine: Engine = "torch"
     """What runs the tower: torch; openvino, onnxruntime or mlx where that extra is installed; auto: the
     fastest on this machine, by measuring a few tiles. The features are the same."""
@@ -145,6 +148,8 @@ class TrainConfig:
     """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
     cache: Path
     """Root of the feature cache that `llama3v encode` filled."""
+    codec: Annotated[Codec | None, arg(help_behavior_hint="")] = None
+    """Which codec to read, where the cache has these features in several (default: the one that is there)."""
     out: Path
     """Directory for checkpoints, metrics.jsonl, curves, summary.json and the trained model. Run again to
     resume."""

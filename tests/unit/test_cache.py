@@ -106,7 +106,7 @@ def test_the_fingerprint_depends_on_every_field_and_not_on_their_order() -> None
 
 
 def test_the_manifest_names_all_that_features_depend_on() -> None:
-    manifest = manifest_of({"vision.cut": "2"}, tile_size=42, max_tiles=4)
+    manifest = manifest_of({"vision.cut": "2"}, tile_size=42, max_tiles=4, codec="int8")
     assert set(manifest) == {"vision.cut", "tile_size", "slicing", "max_tiles", "codec"}
     assert manifest["max_tiles"] == "4"
 

@@ -61,7 +61,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     source = open_source(config.data, config.limit)
     max_tiles = _max_tiles(config)
     tower = load_tower(config.vision, cut=config.cut)
-    manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles)
+    manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles, codec=config.codec)
     paths = CachePaths(config.cache, fingerprint_of(manifest))
     out = config.out or paths.directory / "runs" / source.name
     writer = CacheWriter(config.cache, manifest, shard_bytes=config.shard_mb << 20)
@@ -163,6 +163,7 @@ class _Encoding:
             "fingerprint": self.writer.fingerprint,
             "device": str(self.device),
             "precision": self.config.precision,
+            "codec": self.config.codec,
             "shards_set_aside": dict(self.writer.set_aside),
         }
 

@@ -23,27 +23,26 @@ __all__ = ["CachePaths", "Record", "differences", "fingerprint_of", "fingerprint
 
 FORMAT = "llama3v feature cache"
 FORMAT_VERSION = 1
-CODEC = "bf16"
 
 Manifest = Mapping[str, Any]
 
 
-def manifest_of(tower: Mapping[str, str], *, tile_size: int, max_tiles: int, codec: str = CODEC) -> dict[str, str]:
+def manifest_of(
+    tower: Mapping[str, str], *, tile_size: int, max_tiles: int, codec: str | None = None
+) -> dict[str, str]:
     """What features depend on, in words: the one place where a manifest is made.
 
     Args:
         tower: `VisionTower.fingerprint()`.
         tile_size: side of a tile in pixels.
         max_tiles: most slices of an image beside its overview.
+        codec: how values are stored (codecs.py). A writer must say it; a reader may leave it out, and then takes the
+            one codec in which the cache has these features.
     """
     from llama3v.model.slicing import SLICING_VERSION
 
-    return dict(tower) | {
-        "tile_size": str(tile_size),
-        "slicing": SLICING_VERSION,
-        "max_tiles": str(max_tiles),
-        "codec": codec,
-    }
+    rest = {"tile_size": str(tile_size), "slicing": SLICING_VERSION, "max_tiles": str(max_tiles)}
+    return dict(tower) | rest | ({} if codec is None else {"codec": codec})
 
 
 def fingerprint_of(manifest: Manifest) -> str:

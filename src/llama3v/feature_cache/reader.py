@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama3v.config import EncodeConfig
 from llama3v.errors import CacheError
+from llama3v.feature_cache.codecs import CODECS, codec_named
 from llama3v.feature_cache.index import Index, shard_header_is_whole
 from llama3v.feature_cache.layout import (
     CachePaths,
@@ -45,7 +47,7 @@ class CacheReader:
     Args:
         root: the cache's root directory.
         manifest: what the features must depend on (`manifest_of`). A cache of other features is refused with the
-            difference, field by field.
+            difference, field by field. Without a codec in it, the root must hold such features in exactly one.
         fingerprint: the same as its hash. With neither, the root must hold exactly one fingerprint.
 
     Raises:
@@ -110,10 +112,8 @@ class CacheReader:
             CacheError: there is no such record, or every copy of it is damaged. A damaged record is set aside
                 (damaged.jsonl), so that the next `llama3v encode` encodes it anew.
         """
-        import torch
-
         record, data = self._read_verified(key)
-        return torch.from_numpy(data).view(torch.bfloat16).view(record.shape)
+        return codec_named(record.dtype).decode(data, record.shape)
 
     def read_bytes(self, key: str) -> bytes:
         """The verified bytes of a record, as they stand in the shard. Raises as `read`."""
@@ -147,11 +147,17 @@ class CacheReader:
         self.__dict__.update(state)
         self._files_lock = threading.Lock()
 
+    @property
+    def _encode(self) -> str:
+        """The command that fills this cache, as messages name it."""
+        codec = self.manifest.get("codec")
+        return "`llama3v encode`" if codec == EncodeConfig.codec else f"`llama3v encode --codec {codec}`"
+
     def _copies(self, key: str) -> list[Record]:
         copies = self._index.find(key)
         if not copies:
             raise CacheError(
-                f"no record of image {key} in {self.paths.directory}; run `llama3v encode` on the data it belongs to"
+                f"no record of image {key} in {self.paths.directory}; run {self._encode} on the data it belongs to"
             )
         return copies
 
@@ -176,7 +182,7 @@ class CacheReader:
             except _DamageError as error:
                 failures.append(f"{error} (shard {record.shard})")
         raise CacheError(
-            f"record {key} is damaged: {'; '.join(failures)}; it is set aside: run `llama3v encode` again on the "
+            f"record {key} is damaged: {'; '.join(failures)}; it is set aside: run {self._encode} again on the "
             "data it belongs to, which encodes it anew"
         )
 
@@ -273,6 +279,8 @@ class _ShardFile:
 def _choose(root: Path, manifest: Manifest | None, fingerprint: str | None) -> str:
     """The fingerprint that is asked for, if the root has it."""
     found = fingerprints(root)
+    if manifest is not None and "codec" not in manifest:
+        manifest = _with_codec(root, manifest, found)
     wanted = fingerprint_of(manifest) if manifest is not None else fingerprint
     if manifest is not None and fingerprint not in (None, wanted):
         raise CacheError(f"asked for fingerprint {fingerprint} and for a manifest that hashes to {wanted}; give one")
@@ -288,6 +296,18 @@ def _choose(root: Path, manifest: Manifest | None, fingerprint: str | None) -> s
     raise CacheError(f"{root} has no features of this kind: {_why_foreign(root, found, wanted, manifest)}")
 
 
+def _with_codec(root: Path, manifest: Manifest, found: list[str]) -> Manifest:
+    """The manifest with the one codec in which the root has such features; as it is where it has none."""
+    manifests = {name: {**manifest, "codec": name} for name in CODECS}
+    present = [name for name, candidate in manifests.items() if fingerprint_of(candidate) in found]
+    if len(present) > 1:
+        raise CacheError(
+            f"{root} holds these features in {len(present)} codecs ({', '.join(present)}); say which one to read: "
+            f"--codec {present[0]}"
+        )
+    return manifests[present[0]] if present else manifest
+
+
 def _why_foreign(root: Path, found: list[str], wanted: str, manifest: Manifest | None) -> str:
     if not found:
         return "it holds no cache at all; run `llama3v encode`"
@@ -295,6 +315,7 @@ def _why_foreign(root: Path, found: list[str], wanted: str, manifest: Manifest |
         return f"asked for fingerprint {wanted}, found {', '.join(found)}"
     phrases = []
     for name in found:
-        different = "; ".join(differences(read_manifest(CachePaths(root, name)), manifest))
+        cached = read_manifest(CachePaths(root, name))
+        different = "; ".join(differences(cached, {"codec": cached.get("codec"), **manifest}))
         phrases.append(f"{name} differs in {different}")
     return " | ".join(phrases) + "; encode with these options, or name the vision tower the cache was made with"

@@ -1,8 +1,8 @@
 """Records, shards and indexes, as bytes.
 
-A *record* is one image's features, `[n_tiles, tokens, width]`, one contiguous run of bytes in a shard. A *shard* is a
-safetensors file that any tool opens. Its *index* says where each record lies and what its checksum is; a shard
-counts only once its index is there: the index is the commit record.
+A *record* is one image's features, `[n_tiles, tokens, width]`, one contiguous run of bytes in a shard; codecs.py
+makes them. A *shard* is a safetensors file that any tool opens. Its *index* says where each record lies and what its
+checksum is; a shard counts only once its index is there: the index is the commit record.
 """
 
 import json
@@ -14,14 +14,13 @@ import numpy as np
 import xxhash
 
 from llama3v.errors import CacheError
+from llama3v.feature_cache.codecs import CODECS, codec_named
 from llama3v.model.slicing import Grid
 
 MAGIC = b"L3VIDX\r\n"  # a transfer that rewrites line ends breaks it, as it would break the rest
 INDEX_VERSION = 1
 SHARD_ALIGNMENT = 4096  # the first record starts on a page, so that direct I/O stays possible
 CHECKSUM_BYTES = 16
-SAFETENSORS_TYPE = {"bf16": "BF16"}
-BYTES_PER_VALUE = {"bf16": 2}
 
 _HEADER = np.dtype(
     [
@@ -61,7 +60,7 @@ class Record:
         key: hash of the image's bytes, 32 hex digits (`llama3v.model.tiles.image_key`).
         offset, bytes: the run of bytes in the shard's file.
         shape: (n_tiles, tokens, width); tokens is the number of patches of a tile.
-        dtype: the codec of the values, "bf16".
+        dtype: name of the codec: "bf16", "int8" or "fp8".
         checksum: xxh3_128 of the bytes, 32 hex digits.
         shard: name (UUID) of the shard; empty where the record is not yet in one.
     """
@@ -135,12 +134,13 @@ def shard_header(records: Sequence[Record], fingerprint: str) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "llama3v features", "fingerprint": fingerprint}}
     position = 0
     for record in records:
-        entries[record.key] = {
-            "dtype": SAFETENSORS_TYPE[record.dtype],
-            "shape": list(record.shape),
-            "data_offsets": [position, position + record.bytes],
-        }
-        position += record.bytes
+        for tensor in codec_named(record.dtype).tensors(record.shape):
+            entries[record.key + tensor.suffix] = {
+                "dtype": tensor.type,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, position + tensor.bytes],
+            }
+            position += tensor.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % SHARD_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
@@ -207,6 +207,6 @@ def unpack_index(data: bytes, shard: str, fingerprint: str) -> ShardIndex:
         raise ValueError(f"index has {len(found.rows)} rows and announces {head['records']}")
     if (found.fingerprint, found.shard) != (fingerprint, shard):
         raise ValueError(f"index belongs to shard {found.shard} of fingerprint {found.fingerprint}: it was moved here")
-    if found.codec not in SAFETENSORS_TYPE:
-        raise ValueError(f"codec {found.codec!r} is unknown; this program reads {sorted(SAFETENSORS_TYPE)}")
+    if found.codec not in CODECS:
+        raise ValueError(f"codec {found.codec!r} is unknown; this program reads {', '.join(CODECS)}")
     return found

@@ -17,10 +17,10 @@ import numpy as np
 
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
+from llama3v.feature_cache.codecs import Codec, codec_named
 from llama3v.feature_cache.commit import publish
 from llama3v.feature_cache.index import Index
 from llama3v.feature_cache.layout import (
-    CODEC,
     CachePaths,
     Manifest,
     fingerprint_of,
@@ -31,7 +31,6 @@ from llama3v.feature_cache.layout import (
 from llama3v.feature_cache.orphans import collect_orphans
 from llama3v.feature_cache.presence import enter_as_writer
 from llama3v.feature_cache.records import (
-    BYTES_PER_VALUE,
     Record,
     checksum_of,
     key_bytes,
@@ -53,7 +52,7 @@ class CacheWriter:
 
     Args:
         root: the cache's root directory; made if it is not there.
-        manifest: what the features depend on (`manifest_of`); its hash is the fingerprint.
+        manifest: what the features depend on (`manifest_of`), their codec included; its hash is the fingerprint.
         shard_bytes: size at which a shard is committed.
 
     Attributes:
@@ -61,10 +60,11 @@ class CacheWriter:
         set_aside: (shard, reason) of damaged shards that were found at the start; what they held is absent now.
 
     Raises:
-        CacheError: the directory cannot be written.
+        CacheError: the directory cannot be written, or the manifest names no codec.
     """
 
     def __init__(self, root: Path | str, manifest: Manifest, shard_bytes: int = 256 << 20) -> None:
+        self.codec = codec_named(manifest.get("codec"))
         self.fingerprint = fingerprint_of(manifest)
         self.paths = CachePaths(Path(root), self.fingerprint)
         self.shard_bytes = shard_bytes
@@ -98,7 +98,8 @@ class CacheWriter:
 
         Args:
             key: `image_key` of the image's bytes.
-            features: [n_tiles, tokens, width], any float type; stored in bf16. Tiles in the order of `make_tiles`.
+            features: [n_tiles, tokens, width], any float type; rounded to bf16, which the codec then stores. So a record
+                does not depend on the type they came in. Tiles in the order of `make_tiles`.
             grid: the image's grid; `grid.tiles` is n_tiles.
             name: name of the image, for messages.
 
@@ -117,7 +118,7 @@ class CacheWriter:
         """`add` for what is already in bf16: uint16 [n_tiles, tokens, width], the bits of the values."""
         if key in self:
             return False
-        record, data = _make_record(key, features, grid, name)
+        record, data = _make_record(key, features, grid, name, self.codec)
         self._pending[key] = (record, data)
         self._pending_bytes += len(data)
         if self._pending_bytes >= self.shard_bytes:
@@ -211,7 +212,7 @@ def write_shard(paths: CachePaths, pending: Sequence[tuple[Record, bytes]]) -> s
     return shard
 
 
-def _make_record(key: str, features: np.ndarray, grid: Grid, name: str) -> tuple[Record, bytes]:
+def _make_record(key: str, features: np.ndarray, grid: Grid, name: str, codec: Codec) -> tuple[Record, bytes]:
     """Check a record's shape and values. Its offset is not known yet."""
     key_bytes(key)
     image = f"image {key} ({name})" if name else f"image {key}"
@@ -231,10 +232,7 @@ def _make_record(key: str, features: np.ndarray, grid: Grid, name: str) -> tuple
             f"features of {image} have {not_finite} NaN or infinite values of {features.size}; they are not "
             "stored. Look for broken weights, or encode with --precision fp32"
         )
-    data = features.astype("<u2", copy=False).tobytes()
+    data = codec.encode(features)
     n_tiles, tokens, width = features.shape
-    assert len(data) == features.size * BYTES_PER_VALUE[CODEC]
-    return (
-        Record(key, 0, len(data), (n_tiles, tokens, width), CODEC, grid, checksum_of(data).hex()),
-        data,
-    )
+    assert len(data) == codec.bytes_of((n_tiles, tokens, width))
+    return Record(key, 0, len(data), (n_tiles, tokens, width), codec.name, grid, checksum_of(data).hex()), data

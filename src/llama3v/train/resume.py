@@ -23,7 +23,7 @@ FREE = frozenset(
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.
-COMPARED_BY_EFFECT = frozenset({"data", "limit", "vision", "llm", "model", "cut", "steps", "epochs"})
+COMPARED_BY_EFFECT = frozenset({"data", "limit", "vision", "llm", "model", "cut", "codec", "steps", "epochs"})
 
 
 def trajectory_options(config: TrainConfig) -> dict[str, Any]:

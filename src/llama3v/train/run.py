@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llama3v.config import PretrainConfig, SftConfig, TrainConfig
+from llama3v.config import EncodeConfig, PretrainConfig, SftConfig, TrainConfig
 from llama3v.data.packing import fill
 from llama3v.data.sources import open_source
 from llama3v.errors import CheckpointError
@@ -100,8 +100,9 @@ class _Stage:
     def title(self) -> str:
         return self.name if self.name == "pretrain" else f"sft, policy {self.policy}"
 
-    def encode_command(self, data: str) -> str:
+    def encode_command(self, data: str, codec: str) -> str:
         words = ["llama3v", "encode", "--data", data, *self.encode_options, "--cache", str(self.config.cache)]
+        words += [] if codec == EncodeConfig.codec else ["--codec", codec]
         return shlex.join(words)
 
 
@@ -188,7 +189,9 @@ def _open_data(
 ) -> tuple[PreparedData, Validation | None, Callable[[str], Tensor]]:
     """The samples to train on, those to validate with, and the function that reads an image's features."""
     config, vision = stage.config, model.vision
-    manifest = manifest_of(vision.fingerprint(), tile_size=vision.tile_size, max_tiles=model.config.max_tiles)
+    manifest = manifest_of(
+        vision.fingerprint(), tile_size=vision.tile_size, max_tiles=model.config.max_tiles, codec=config.codec
+    )
     cache = CacheReader(config.cache, manifest=manifest)
     training = _preparation(stage, model, tokenizer, cache, config.data, config.limit)
     keep = checkpoint is not None
@@ -228,7 +231,7 @@ def _preparation(
             "limit": limit,
         },
         max_bad_ratio=stage.config.max_bad_ratio,
-        encode_command=stage.encode_command,
+        encode_command=lambda data: stage.encode_command(data, cache.manifest["codec"]),
     )
 
 
