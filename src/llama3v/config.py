@@ -28,6 +28,11 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _is_part(part: str) -> bool:
+    number, _, parts = part.partition("/")
+    return number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)
+
+
 @dataclass(frozen=True)
 class QuickstartConfig:
     """Build a small Llama 3-V from images and text, on this machine, in about 3 minutes.
@@ -89,10 +94,21 @@ class EncodeConfig:
     """Stop when more than this share of the images cannot be read."""
     limit: MaybeInt = None
     """Encode only the first N samples."""
+    part: MaybeText = None
+    """Encode only a part of the samples, so that several processes or machines share the work: 2/8 is every
+    eighth sample from the second on."""
+    ray_workers: int = 0
+    """Workers on a Ray cluster that share the work (needs the extra `ray`); 0: this process alone."""
 
     def __post_init__(self) -> None:
         _require(self.max_tiles >= 0, f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more")
         _require(self.batch_tiles >= 1, f"--batch-tiles is {self.batch_tiles}; give 1 or more")
+        _require(
+            self.part is None or _is_part(self.part),
+            f"--part is {self.part}; give NUMBER/PARTS, such as 2/8",
+        )
+        _require(self.ray_workers >= 0, f"--ray-workers is {self.ray_workers}; give 0 (no Ray) or more")
+        _require(not (self.part and self.ray_workers), "--ray-workers shares the work itself; leave --part away")
         _require(self.shard_mb >= 1, f"--shard-mb is {self.shard_mb}; give 1 or more")
         _require(
             0 <= self.max_bad_ratio <= 1,

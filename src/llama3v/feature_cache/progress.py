@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -28,7 +28,12 @@ class EncodeProgress:
         counts: read at every `update`.
         title: name of the data set.
         samples: how many there are; None where only reading to the end would tell: then they are counted up.
+
+    Attributes:
+        note: shown while it is not empty: what the pass does instead of encoding.
     """
+
+    note = ""
 
     def __init__(self, counts: "Counts", title: str, samples: int | None) -> None:
         self._counts = counts
@@ -55,19 +60,30 @@ class EncodeProgress:
         words = [
             f"{counts.images:,} images",
             f"{counts.images / seconds:,.1f} images/s",
-            f"{counts.tiles / seconds:,.1f} tiles/s",
+            f"{counts.tiles_per_second(seconds):,.1f} tiles/s",
         ]
         if counts.tiles:
             words.append(f"{counts.wait_share(seconds):.0%} waiting")
         if counts.left_out:
             words.append(f"{counts.left_out:,} left out")
+        if self.note:
+            words.append(self.note)
         self._progress.update(self._task, completed=counts.samples, words=" · ".join(words))
 
 
-@contextmanager
-def scrub_progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+def scrub_progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
     """A bar over bytes, for reading a whole cache; gives the function that advances it."""
+    return _bytes_progress("verifying", total_bytes)
+
+
+def prune_progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar over the bytes of records that are moved to new shards."""
+    return _bytes_progress("moving what stays", total_bytes)
+
+
+@contextmanager
+def _bytes_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("verifying"), *columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("verifying", total=total_bytes)
+    with Progress(TextColumn(title), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total_bytes)
         yield lambda count: progress.advance(task, count)

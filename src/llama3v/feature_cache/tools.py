@@ -1,7 +1,7 @@
-"""`llama3v cache info` and `llama3v cache verify`: look into a cache, and read all of it to find damage."""
+"""`llama3v cache info | verify | prune | export`: what a cache holds, whether it is whole, and what may go."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +9,63 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import llama3v
 from llama3v.config import CacheConfig
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
-from llama3v.feature_cache.index import Index, shard_header_is_whole
+from llama3v.feature_cache.commit import publish
+from llama3v.feature_cache.index import Index
 from llama3v.feature_cache.layout import CachePaths, fingerprints, read_manifest
 from llama3v.feature_cache.orphans import find_orphans
-from llama3v.feature_cache.progress import scrub_progress
 from llama3v.feature_cache.reader import content_digest
-from llama3v.feature_cache.records import ShardIndex, checksum_of
+from llama3v.feature_cache.tools_export import export
+from llama3v.feature_cache.tools_prune import complaint_about_pruning, prune
+from llama3v.feature_cache.tools_verify import complaint_about_damage, verify
 
 SHOWN = 20
-"""Damaged records that the error lists; damaged.jsonl has them all."""
+"""Entries of a list that the terminal shows; the report has them all."""
 
-Damage = tuple[str, str, str]
-"""(shard, key, reason); an empty key stands for the whole shard."""
+Results = dict[str, dict[str, Any]]
+"""fingerprint -> what was found or done there."""
 
 
-def cache(config: CacheConfig) -> dict[str, Any]:
-    """Look into a feature cache.
+def cache(config: CacheConfig) -> Results:
+    """Look into a feature cache, verify, prune or export it.
 
     Returns:
-        fingerprint -> what it holds (`info`), or how much of it was read and what was damaged (`verify`).
+        fingerprint -> what it holds (`info`), how much of it was read and what was damaged (`verify`), what went or
+        would go (`prune`), what was written (`export`). With `config.out`, the same as <out>/<action>.json.
 
     Raises:
-        CacheError: there is no cache, or `verify` found damage or records that still wait to be encoded anew.
+        CacheError: there is no such cache; `verify` or `prune` found damage, or records that still wait to be encoded
+            anew (after everything else was done and reported); a prune beside a writer.
+        DataError: a data set to keep cannot be opened.
     """
-    found = fingerprints(config.cache)
-    if not found:
-        raise CacheError(f"{config.cache} holds no cache; `llama3v encode` makes one")
-    action = {"info": _info, "verify": _verify}[config.action]
-    results = {fingerprint: action(CachePaths(config.cache, fingerprint)) for fingerprint in found}
-    _print(results)
-    if config.action == "verify":
-        _raise_if_damaged(config.cache, results)
+    chosen = _choose(config)
+    actions: dict[str, Callable[[CachePaths, CacheConfig], dict[str, Any]]] = {
+        "info": lambda paths, _: info(paths),
+        "verify": lambda paths, _: verify(paths),
+        "prune": prune,
+        "export": export,
+    }
+    try:
+        results = {name: actions[config.action](CachePaths(config.cache, name), config) for name in chosen}
+        _print(results)
+        if config.out is not None:
+            _write_report(config, results)
+    except OSError as error:
+        raise CacheError(
+            f"{config.action} of {config.cache} stopped: {error.strerror or error} ({error.filename or 'no file'}); "
+            "mend that and run it again"
+        ) from error
+    complaint = {"verify": complaint_about_damage, "prune": complaint_about_pruning}.get(config.action)
+    message = complaint(results) if complaint else ""
+    if message:
+        raise CacheError(f"{config.cache}: {message}")
     return results
 
 
-def _info(paths: CachePaths) -> dict[str, Any]:
+def info(paths: CachePaths) -> dict[str, Any]:
     """Counts, bytes and the fingerprint in words, from the indexes alone."""
     identity = read_manifest(paths)
     index = Index(paths)
@@ -60,6 +79,7 @@ def _info(paths: CachePaths) -> dict[str, Any]:
         "tiles": tiles,
         "bytes": size,
         "shards": len(index.shards),
+        "codecs": sorted({shard.codec for shard in index.shards.values()}),
         "bytes on disk": sum(shard.shard_bytes for shard in index.shards.values()),
         "content digest": content_digest(index),
         "images named, by source": {path.stem: sum(1 for _ in journal.read(path)) for path in refs},
@@ -71,76 +91,31 @@ def _info(paths: CachePaths) -> dict[str, Any]:
     }
 
 
-def _verify(paths: CachePaths) -> dict[str, Any]:
-    """Read every byte; set aside what is damaged, so that the encode pass makes it anew."""
-    read_manifest(paths)
-    index = Index(paths)
-    index.refresh()
-    damage: list[Damage] = [(shard, "", reason) for shard, reason in index.broken.items()]
-    total = sum(shard.shard_bytes for shard in index.shards.values())
-    with scrub_progress(total) as advance:
-        for shard in list(index.shards.values()):
-            damage += _scrub(paths, shard, index.damaged, advance)
-    index.set_aside(damage)
-    return {
-        "records": len(index),
-        "shards": len(index.shards),
-        "bytes read": total,
-        "damaged": [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in damage],
-        "waiting to be encoded anew": sorted(_waiting(paths, index)),
-    }
+def _choose(config: CacheConfig) -> list[str]:
+    found = fingerprints(config.cache)
+    if not found:
+        raise CacheError(f"{config.cache} holds no cache; `llama3v encode` makes one")
+    if config.fingerprint is not None and config.fingerprint not in found:
+        raise CacheError(f"{config.cache} has no fingerprint {config.fingerprint}; it has {', '.join(found)}")
+    chosen = found if config.fingerprint is None else [config.fingerprint]
+    if config.action == "export" and len(chosen) > 1:
+        raise CacheError(
+            f"{config.cache} holds {len(chosen)} fingerprints ({', '.join(chosen)}) and export takes one: "
+            f"give --fingerprint; `llama3v cache info {config.cache}` shows them in words"
+        )
+    return chosen
 
 
-def _scrub(
-    paths: CachePaths, index: ShardIndex, known: set[tuple[str, str]], advance: Callable[[int], None]
-) -> Iterator[Damage]:
-    """The damage in one shard that is not known yet."""
-    try:
-        if not shard_header_is_whole(paths, index):
-            yield index.shard, "", "its header is damaged"
-            advance(index.shard_bytes)
-            return
-        advance(index.shard_header_bytes)
-        with paths.shard(index.shard).open("rb") as file:
-            for number in range(len(index.rows)):
-                record = index.record(number)
-                file.seek(record.offset)
-                data = file.read(record.bytes)
-                advance(record.bytes)
-                if checksum_of(data).hex() != record.checksum and (index.shard, record.key) not in known:
-                    yield index.shard, record.key, "its bytes do not match their checksum"
-    except OSError as error:
-        yield index.shard, "", f"it cannot be read ({error.strerror})"
+def _write_report(config: CacheConfig, results: Results) -> None:
+    assert config.out is not None
+    report = {"llama3v": llama3v.__version__, "action": config.action, "cache": str(config.cache)}
+    text = json.dumps(report | {"fingerprints": results}, indent=2) + "\n"
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with publish(config.out / f"{config.action}.json", [text.encode()], "report"):
+        pass
 
 
-def _waiting(paths: CachePaths, index: Index) -> Iterator[str]:
-    """Keys that are set aside and have no live record. (Those of a shard without a whole index are not known.)"""
-    shards = {shard for shard, key in index.damaged if not key}
-    keys = {key for _, key in index.damaged if key}
-    for shard in shards:
-        keys.update(record.key for record in index.records_set_aside(shard))
-    return (key for key in keys if key not in index)
-
-
-def _raise_if_damaged(root: Path, results: dict[str, dict[str, Any]]) -> None:
-    damaged = [damage for result in results.values() for damage in result["damaged"]]
-    waiting = [key for result in results.values() for key in result["waiting to be encoded anew"]]
-    if not damaged and not waiting:
-        return
-    named = [
-        f"{damage['key'] or 'all records'} in shard {damage['shard']} ({damage['reason']})"
-        for damage in damaged[:SHOWN]
-    ]
-    more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
-    kinds = Counter("shards" if not damage["key"] else "records" for damage in damaged)
-    found = " and ".join(f"{count} damaged {kind}" for kind, count in sorted(kinds.items())) or "no new damage"
-    raise CacheError(
-        f"{root}: {found}{': ' if named else ''}{', '.join(named)}{more}; {len(waiting)} known images wait to be encoded "
-        "anew: run `llama3v encode` again on the data they belong to"
-    )
-
-
-def _print(results: dict[str, dict[str, Any]]) -> None:
+def _print(results: Results) -> None:
     console = Console(highlight=False)
     for fingerprint, result in results.items():
         table = Table(title=fingerprint, show_header=False, title_justify="left")
@@ -150,11 +125,19 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return "\n".join(f"{key}: {_in_words(item)}" for key, item in value.items()) or "none"
+        return "\n".join(f"{key}: {_on_a_line(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
-        lines = [" ".join(filter(None, item.values())) if isinstance(item, dict) else item for item in value[:SHOWN]]
+        lines = [_on_a_line(item) for item in value[:SHOWN]]
         return "\n".join([*lines, f"and {len(value) - SHOWN} more"] if len(value) > SHOWN else lines) or "none"
     return str(value)
+
+
+def _on_a_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(item)}" for key, item in value.items() if item != "")
+    return _in_words(value)

@@ -3,6 +3,7 @@ none.
 """
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Sample | Rejected]: ...
 
 
-def open_source(spec: str, limit: int | None = None) -> Source:
+def open_source(spec: str, limit: int | None = None, part: str | None = None) -> Source:
     """The data set that `spec` names: a LLaVA JSON or JSONL file, a parquet file or a directory of them, or
-    a folder of images. `limit` keeps the first N rows. Raises DataError where there is no such thing.
+    a folder of images. `limit` keeps the first N rows, `part` ("2/8") every eighth of these from the second on.
+    Raises DataError where there is no such thing.
     """
     # Here, because each source imports this module, and only the one that is asked for need be imported.
     from llama3v.data.sources.cauldron import ParquetSource
@@ -108,7 +110,12 @@ def open_source(spec: str, limit: int | None = None) -> Source:
         raise DataError(
             f"{spec}: expected a .json, .jsonl or .parquet file or a folder of images, found {path.suffix or 'a file'}"
         )
-    return source if limit is None else _FirstRows(source, limit)
+    if limit is not None:
+        source = _FirstRows(source, limit)
+    if part is None:
+        return source
+    number, of = map(int, part.split("/"))
+    return _Part(source, number, of)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,29 @@ class _FirstRows:
 
     def __iter__(self) -> Iterator[Sample | Rejected]:
         return islice(self.source, self.limit)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Every `of`-th row of a source, from row `number` (1...of) on. The digest stays that of the whole."""
+
+    source: Source
+    number: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}-part-{self.number}-of-{self.of}"
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    def __iter__(self) -> Iterator[Sample | Rejected]:
+        return islice(self.source, self.number - 1, None, self.of)
+
+    def __length_hint__(self) -> int:
+        return max(0, -(-(operator.length_hint(self.source) - self.number + 1) // self.of))
 
 
 def name_of(path: Path) -> str:
