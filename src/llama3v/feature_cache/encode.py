@@ -1,8 +1,8 @@
 """The encode pass: run the trunk of the vision tower once over every image of a data set, and keep its features.
 
-    source -> pipeline.py: read, hash, decode, cut, batch -> the tower -> a writing thread: CacheWriter
+    source -> pipeline.py: read, hash, decode, cut, batch -> encoders/: the tower -> a writing thread: CacheWriter
 
-Run again after anything: what is committed is not encoded again.
+What stands before and after the tower runs in threads of its own, so that the tower never waits for it. Run again after anything: what is committed is not encoded again.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from llama3v.data.sources import ImageRef, Rejected, Source, open_source
 from llama3v.errors import CacheError, ConfigError
 from llama3v.feature_cache.commit import publish
 from llama3v.feature_cache.layout import CachePaths, fingerprint_of, manifest_of
-from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches
+from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches, one_ahead
 from llama3v.feature_cache.progress import EncodeProgress
 from llama3v.feature_cache.refs import RefsWriter
 from llama3v.feature_cache.writer import CacheWriter
@@ -34,6 +34,7 @@ from llama3v.feature_cache.writer import CacheWriter
 if TYPE_CHECKING:
     import torch
 
+    from llama3v.feature_cache.encoders.base import TrunkEncoder
     from llama3v.model.vision import VisionTower
 
 EARLIEST_STOP = 100
@@ -48,17 +49,21 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
     Returns:
         The summary, which is also written to <out>/summary.json: counts of samples and images, tiles and tiles per
-        second (over the whole loop), wait_share (the share of the loop in which the tower did not compute), bytes,
-        fingerprint.
+        second (over the whole loop without `opening_seconds`, which preparing and checking the engine took),
+        wait_share (the share of that time in which the tower did not compute), bytes, fingerprint, and the engine, its
+        device and precision (none where nothing was left to encode).
 
     Raises:
+        ConfigError: the engine is not installed, or does not compute this tower's features.
         DataError: the data set cannot be opened, or too many of its images are bad.
         CacheError: the cache cannot be written, or features are not finite.
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, after committing what was complete.
     """
+    from llama3v.feature_cache.encoders.choose import require_engine
     from llama3v.model.vision import load_tower
 
-    source = open_source(config.data, config.limit)
+    require_engine(config.engine)
+    source = open_source(config.data, config.limit, config.part)
     max_tiles = _max_tiles(config)
     tower = load_tower(config.vision, cut=config.cut)
     manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles, codec=config.codec)
@@ -89,10 +94,18 @@ class Counts:
     left_out_rows: int = 0
     tiles: int = 0
     tower_seconds: float = 0.0
+    """Spent in the engine's `encode`, with moving tiles to its device and features from it."""
+    opening_seconds: float = 0.0
+    """Spent on preparing, checking and choosing the engine, before the first batch."""
+
+    def tiles_per_second(self, seconds: float) -> float:
+        """Tiles per second of a pass that has taken `seconds`."""
+        return self.tiles / max(seconds - self.opening_seconds, 1e-9)
 
     def wait_share(self, seconds: float) -> float:
-        """Share of the time in which the tower did not compute; 0 where it had nothing to do."""
-        return max(0.0, 1 - self.tower_seconds / seconds) if self.tiles else 0.0
+        """Share of that time in which the tower did not compute; 0 where it had nothing to do."""
+        working = max(seconds - self.opening_seconds, 1e-9)
+        return max(0.0, 1 - self.tower_seconds / working) if self.tiles else 0.0
 
 
 class _Encoding:
@@ -107,11 +120,9 @@ class _Encoding:
         writer: CacheWriter,
         ledger: Ledger,
     ) -> None:
-        import torch
-
         self.config, self.source, self.writer, self.ledger = config, source, writer, ledger
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tower = tower.to(self.device)
+        self.tower: VisionTower | None = tower  # until the engine has it
+        self.encoder: TrunkEncoder | None = None  # until there is something to encode
         self.refs = RefsWriter(writer.paths.refs(source.digest))
         self.counts = Counts()
         self.seconds = 0.0
@@ -123,15 +134,17 @@ class _Encoding:
         self._bad: dict[str, str] = {}  # key -> reason
         self._writing: deque[Future] = deque()
         self._parts: list[torch.Tensor] = []  # features of the picture that the last batch cut off
+        self._stopping = False
 
     def run(self) -> None:
         """Encode everything. Whatever stops it, what is complete is committed."""
         started = time.perf_counter()
         with ThreadPoolExecutor(1, "write") as pool, self.progress:
             try:
-                for batch in make_batches(self._pictures(), self.config.batch_tiles):
-                    self._hand_over(pool, batch, self._features(batch))
-                    self.progress.update()
+                with self._batches() as batches:
+                    for batch in batches:
+                        self._hand_over(pool, batch, self._features(batch))
+                        self.progress.update()
                 self._check_ratio()
             except CacheError:  # of the writer, which would fail again
                 for write in self._writing:
@@ -156,16 +169,26 @@ class _Encoding:
         return asdict(counts) | {
             "seconds": self.seconds,
             "images_per_second": counts.images / seconds,
-            "tiles_per_second": counts.tiles / seconds,
+            "tiles_per_second": counts.tiles_per_second(seconds),
             "wait_share": counts.wait_share(seconds),
             "bytes": self.writer.committed_bytes,
             "records_in_cache": len(self.writer),
             "fingerprint": self.writer.fingerprint,
-            "device": str(self.device),
-            "precision": self.config.precision,
+            "engine": self.encoder.name if self.encoder else None,
+            "device": self.encoder.device if self.encoder else None,
+            "precision": self.encoder.precision if self.encoder else None,
             "codec": self.config.codec,
             "shards_set_aside": dict(self.writer.set_aside),
         }
+
+    @contextmanager
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """The batches, each put together while the one before it is encoded."""
+        with closing(make_batches(self._pictures(), self.config.batch_tiles)) as batches, one_ahead(batches) as ready:
+            try:
+                yield ready
+            finally:
+                self._stopping = True  # where all is known, looking for the next batch may take hours
 
     def _images(self) -> Iterator[tuple[str, ImageRef]]:
         """(sample id, image) of every image of the source."""
@@ -193,6 +216,8 @@ class _Encoding:
     def _pictures(self) -> Iterator[Picture]:
         """The pictures that the tower must see; what is to be noted about all images is noted here."""
         for outcome in self.preparer.outcomes(self._images()):
+            if self._stopping:
+                return
             self.counts.images += 1
             if self.counts.images % self.config.batch_tiles == 0:
                 self.progress.update()  # also where nothing needs encoding
@@ -221,35 +246,47 @@ class _Encoding:
 
     def _features(self, batch: Batch) -> "torch.Tensor":
         """bf16 [batch_tiles, patches, width], on the CPU."""
-        import torch
-
-        from llama3v.model.tiles import to_pixels
-
-        pixels = to_pixels(batch.tiles, self.tower.mean, self.tower.std)
+        if self.encoder is None:
+            self.encoder = self._open_encoder()
         started = time.perf_counter()
-        lower = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        with torch.no_grad(), lower:
-            features = self.tower.trunk(pixels.to(self.device)).to(torch.bfloat16).cpu()
+        features = self.encoder.encode(batch.tiles)
         self.counts.tower_seconds += time.perf_counter() - started
         return features
 
+    def _open_encoder(self) -> "TrunkEncoder":
+        from llama3v.feature_cache.encoders.choose import open_encoder
+
+        started = time.perf_counter()
+        self.progress.note = "preparing the engine"
+        self.progress.update()
+        assert self.tower is not None, "one engine is opened"
+        encoder = open_encoder(
+            self.config.engine, self.tower, precision=self.config.precision, batch_tiles=self.config.batch_tiles
+        )
+        self.tower = None  # an engine may have weights of its own
+        self.progress.note = ""
+        self.counts.opening_seconds = time.perf_counter() - started
+        return encoder
+
     def _hand_over(self, pool: ThreadPoolExecutor, batch: Batch, features: "torch.Tensor") -> None:
         """Give the features of every picture that is now complete to the writing thread."""
-        import torch
-
         position = 0
         for picture, count in batch.pieces:
             self._parts.append(features[position : position + count])
             position += count
             n_tiles = len(picture.tiles.pixels)
             if sum(len(part) for part in self._parts) == n_tiles:
-                whole, self._parts = torch.cat(self._parts), []
-                add = self.writer.add
-                self._writing.append(pool.submit(add, picture.key, whole, picture.tiles.grid, picture.name))
+                parts, self._parts = self._parts, []
+                self._writing.append(pool.submit(self._write, picture, parts))
                 self.counts.encoded += 1
                 self.counts.tiles += n_tiles
         while self._writing and (len(self._writing) > WRITES_UNDER_WAY or self._writing[0].done()):
             self._writing.popleft().result()
+
+    def _write(self, picture: Picture, parts: "list[torch.Tensor]") -> None:
+        import torch
+
+        self.writer.add(picture.key, torch.cat(parts), picture.tiles.grid, picture.name)
 
     def _finish(self) -> None:
         while self._writing:

@@ -1,13 +1,14 @@
 """From a data set to full batches of tiles: read, hash and decode ahead of the tower, in bounded memory.
 
-    images of the source --one thread--> bytes, key --what is new, several threads--> tiles --> batches
+    images of the source --one thread--> bytes, key --what is new, several threads--> tiles --one thread--> batches
 
 Everything keeps the order of the source, so a run is reproducible. Nothing here needs torch.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,6 +61,25 @@ def read_ahead(pool: Executor, work: Callable[[Item], Result], items: Iterable[I
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
+
+
+@contextmanager
+def one_ahead(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
+    """The same items, each made by a thread of its own while the one before it is used.
+
+    What making an item raises is raised where the item was due. When the context ends, the thread has ended; it
+    finishes the item it is making.
+    """
+    with ThreadPoolExecutor(1, "batch") as pool:
+        yield _one_ahead(pool, items)
+
+
+def _one_ahead(pool: Executor, items: Iterator[Item]) -> Iterator[Item]:
+    end = object()
+    upcoming = pool.submit(next, items, end)
+    while (item := upcoming.result()) is not end:
+        upcoming = pool.submit(next, items, end)
+        yield item  # type: ignore[misc]  # only `end` is no Item
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class Batch:
     pieces: list[tuple[Picture, int]]
 
 
-def make_batches(pictures: Iterable[Picture], batch_tiles: int) -> Iterator[Batch]:
+def make_batches(pictures: Iterable[Picture], batch_tiles: int) -> Generator[Batch, None, None]:
     """Fill batches across images."""
     arrays: list[np.ndarray] = []
     pieces: list[tuple[Picture, int]] = []
