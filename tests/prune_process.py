@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from cache_process import GRID, MANIFEST, RECORD_BYTES, features_of, key_number, write
 
@@ -60,8 +61,8 @@ def name(paths: CachePaths, digest: str, numbers: object) -> None:
 
 def prune(root: Path, *keep: str, yes: bool = True, per_shard: int = 2) -> dict:
     """The result of `llama3v cache prune`, with so many records in a new shard."""
-    tools_prune.NEW_SHARD_BYTES = per_shard * RECORD_BYTES
-    return cache(CacheConfig("prune", root, keep=keep, yes=yes))[FINGERPRINT]
+    with patch.object(tools_prune, "NEW_SHARD_BYTES", per_shard * RECORD_BYTES):
+        return cache(CacheConfig("prune", root, keep=keep, yes=yes))[FINGERPRINT]
 
 
 def serve() -> None:

@@ -80,7 +80,7 @@ def check_pruned(root: Path) -> None:
     before = {path: path.stat().st_ino for path in paths.shards.iterdir()}
     assert {path.stem for path in before} == {record.shard for record in reader.records()}
     result = prune(root, KEPT)
-    assert (result["bytes freed"], result["bytes to copy"], result["shards removed"]) == (0, 0, 0)
+    assert (result["bytes freed"], result["bytes to copy"], result["shards of which nothing stays"]) == (0, 0, 0)
     assert {path: path.stat().st_ino for path in paths.shards.iterdir()} == before
     assert cache(CacheConfig("verify", root))[FINGERPRINT]["records"] == len(KEPT_IMAGES)
 

@@ -165,7 +165,7 @@ def _in_words(paths: CachePaths, index: Index, plan: Plan, done: bool) -> dict[s
         "unfinished files": [path.name for path in unfinished],
         "shards left as they are": len(index.shards) - len(plan.partly_used) - plan.unused_live,
         "shards written anew": len(plan.partly_used),
-        "shards removed": len(plan.unused),
+        "shards of which nothing stays": len(plan.unused),
         "bytes to copy": plan.bytes_to_copy,
         "bytes freed": plan.bytes_freed + sum(path.stat().st_size for path in unfinished),
         "data sets forgotten": [path.stem for path in plan.forgotten],
