@@ -2,27 +2,24 @@
 
     python scripts/make_assets.py tokenizer
     python scripts/make_assets.py siglip --threads 1 --steps 2500 --stop-after 2000
-    python scripts/make_assets.py llama --threads 1 --steps 1800 --stop-after 1500 --batch 14 --learning-rate 2e-3
-    python scripts/make_assets.py llama --lookups --steps 900 --stop-after 450 --batch 9 --row 384 --learning-rate 2e-3 --seed 1
-    python scripts/make_assets.py llama --lookups --steps 750 --batch 9 --row 384 --learning-rate 1.5e-3 --seed 2
+    python scripts/make_assets.py llama --steps 8000 --batch 12 --row 256 --learning-rate 2e-3
 
 Output: src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/. The logs state the seconds each took on a machine
-that was shared with other work; siglip and llama may run at the same time, one core each.
+that was shared with other work.
 
-The committed logs are those of the carried weights: siglip.jsonl, and llama-1 to llama-3.jsonl for the three parts of the
-LLM. These commands do NOT give the carried LLM again: its documents and the mix of them were still being changed between
-the parts. Part 1: merged facts without places in 65% of the documents, 30% sheets (some of three pages), a caption in
-every document. Part 2: with places, 80% merged, 30% sheets, captions in 20%. Part 3: as the code stands now. Parts 1 and
-2 ran on past the step whose weights were kept (1500 and 450), which their logs show.
+The committed logs are those of the carried weights. The carried LLM was made by this file as it stands. The carried
+encoder was made by commit 14afb96, and the tokenizer by commit 0358b94 (there, the first command gives it byte for byte):
+the scenes have other sheets since, and the documents other words, so that run now they give parts of the same kind.
 """
 
 import json
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +37,7 @@ from transformers import (
     SiglipModel,
 )
 
-from llama3v.data.synthetic.documents import Document, make_document
+from llama3v.data.synthetic.documents import Document, Mixture, make_document
 from llama3v.data.synthetic.language import caption, name_item, place_of_item
 from llama3v.data.synthetic.scenes import SCENE_SIZE, draw, make_scene
 from llama3v.model.tiles import to_pixels
@@ -86,8 +83,8 @@ class Options:
     """Positions in a packed row of documents."""
     stop_after: int | None = None
     """Stop at this step of the schedule (the encoder captioned without a mistake long before its last step)."""
-    lookups: bool = False
-    """Llama's second part: go on from the first part's weights, with more questions and few captions a document."""
+    compile: bool = True
+    """Llama: torch.compile, which needs a C++ compiler and more than halves the time of a step."""
     learning_rate: float = 1.5e-3
     """Peak; linear warm-up over 5% of the steps, then a cosine to zero."""
     seed: int = 0
@@ -265,10 +262,12 @@ class Positions:
 
     tokens: list[list[int]]
     labels: list[int]
+    answers: list[int]  # number of the answer that a learnt position belongs to, else -1
+    kinds: tuple[str, ...]  # of the answers
 
 
 class Layout:
-    """Lays documents out as conversations in Llama 3's format (the segments are those of model/prompt.py)."""
+    """Lays documents out as bare lines, or as conversations in Llama 3's format (the segments of model/prompt.py)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.ids = lru_cache(100_000)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
@@ -278,26 +277,36 @@ class Layout:
 
     def __call__(self, document: Document) -> Positions:
         tokens: list[list[int]] = [[self.begin]]
-        labels = [-100]
+        labels, answers = [-100], [-1]
 
-        def plain(values: Iterable[int], learn: bool = False) -> None:
+        def plain(values: Iterable[int], answer: int = -1) -> None:
             for value in values:
                 tokens.append([value])
-                labels.append(value if learn else -100)
+                labels.append(-100 if answer < 0 else value)
+                answers.append(answer)
 
+        line = self.ids("\n")
+        user: tuple[int, ...] = ()
+        between = end_of_answer = line
+        if document.conversation:
+            user = (self.start, *self.ids("user"), self.stop, *self.ids("\n\n"))
+            between = (self.end, self.start, *self.ids("assistant"), self.stop, *self.ids("\n\n"))
+            end_of_answer = (self.end,)
         for number, (question, answer) in enumerate(document.turns):
-            plain([self.start, *self.ids("user"), self.stop, *self.ids("\n\n")])
+            plain(user)
             for part in document.prefix if number == 0 else ():
                 if isinstance(part, str):
                     plain(self.ids(part))
                 else:
                     tokens.append([token for word in part for token in self.ids(word)])
                     labels.append(-100)
+                    answers.append(-1)
             if number == 0 and len(document.prefix) == 1:
-                plain(self.ids("\n"))
-            plain([*self.ids(question), self.end, self.start, *self.ids("assistant"), self.stop, *self.ids("\n\n")])
-            plain([*self.ids(answer), self.end], learn=True)
-        return Positions(tokens, labels)
+                plain(line)
+            if question:  # a note has none
+                plain((*self.ids(question), *between))
+            plain((*self.ids(answer), *end_of_answer), answer=number)
+        return Positions(tokens, labels, answers, document.kinds)
 
 
 @dataclass
@@ -308,58 +317,138 @@ class LlamaBatch:
     offsets: Tensor  # [rows * length]
     weights: Tensor  # like flat
     labels: Tensor  # [rows, length]
+    answers: Tensor  # [rows, length], number of the answer a learnt position belongs to, else -1
     positions: Tensor  # [rows, length]
     segments: Tensor  # [rows, length], 0 is padding
+    kinds: list[str]  # of the answers
 
 
-def llama_batch(documents: list[Positions], row: int, pad: int) -> LlamaBatch:
-    """First fit of whole documents into rows of `row` positions, longest first."""
-    rows: list[list[Positions]] = []
-    for document in sorted(documents, key=lambda document: -len(document.labels)):
+def llama_batch(documents: Iterator[Positions], rows: int, length: int, pad: int) -> LlamaBatch:
+    """Whole documents into `rows` rows, each into the first that has room, until eight in turn find none.
+
+    The shape never changes, which a compiled model wants. Documents that find no room are left out.
+    """
+    placed: list[list[Positions]] = [[] for _ in range(rows)]
+    room, misses = [length] * rows, 0
+    while misses < 8:
+        document = next(documents)
         size = len(document.labels)
-        place = next((r for r in rows if sum(len(d.labels) for d in r) + size <= row), None)
-        if place is None:
-            rows.append(place := [])
-        place.append(document)
+        number = next((number for number in range(rows) if room[number] >= size), None)
+        if number is None:
+            misses += 1
+            continue
+        placed[number].append(document)
+        room[number] -= size
+        misses = 0
     bags: list[list[int]] = []
-    labels, positions, segments = (torch.full((len(rows), row), fill) for fill in (-100, 0, 0))
-    for number, documents_of_row in enumerate(rows):
+    kinds: list[str] = []
+    labels, answers, positions, segments = (torch.full((rows, length), fill) for fill in (-100, -1, 0, 0))
+    for number, documents_of_row in enumerate(placed):
         begin = 0
         for segment, document in enumerate(documents_of_row, start=1):
             place_of = slice(begin, begin + len(document.labels))
             bags += document.tokens
             labels[number, place_of] = torch.tensor(document.labels)
+            answers[number, place_of] = torch.tensor([a + len(kinds) if a >= 0 else -1 for a in document.answers])
             positions[number, place_of] = torch.arange(len(document.labels))
             segments[number, place_of] = segment
+            kinds += document.kinds
             begin = place_of.stop
-        bags += [[pad]] * (row - begin)
+        bags += [[pad]] * (length - begin)
     sizes = torch.tensor([len(bag) for bag in bags])
     return LlamaBatch(
         flat=torch.tensor([token for bag in bags for token in bag]),
         offsets=sizes.cumsum(0) - sizes,
         weights=sizes.float().rsqrt().repeat_interleave(sizes),
         labels=labels,
+        answers=answers,
         positions=positions,
         segments=segments,
+        kinds=kinds,
     )
 
 
-def llama_loss(model: LlamaForCausalLM, batch: LlamaBatch) -> tuple[Tensor, Tensor]:
-    """Mean loss over what is learnt, and the share of those tokens that are right."""
+Body = Callable[[Tensor, Tensor, Tensor], Tensor]  # embeddings, mask, positions -> hidden states
+
+
+def body_of(model: LlamaForCausalLM) -> Body:
+    def body(embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return model.model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    return body
+
+
+def llama_loss(model: LlamaForCausalLM, body: Body, batch: LlamaBatch) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """Mean loss over what is learnt; and by kind of question, answers right in every token and answers in all."""
     table = model.get_input_embeddings().weight
     embeddings = F.embedding_bag(batch.flat, table, batch.offsets, per_sample_weights=batch.weights, mode="sum").view(
         *batch.labels.shape, -1
     )
-    hidden = model.model(
-        inputs_embeds=embeddings,
-        attention_mask=attention_mask(batch.segments),
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state[:, :-1]
+    hidden = body(embeddings, attention_mask(batch.segments), batch.positions)[:, :-1]
     targets = batch.labels[:, 1:]
     learnt = targets != -100
     logits = model.lm_head(hidden[learnt])
-    return F.cross_entropy(logits, targets[learnt]), (logits.argmax(-1) == targets[learnt]).float().mean()
+    wrong = torch.zeros(len(batch.kinds)).index_add_(
+        0, batch.answers[:, 1:][learnt], (logits.argmax(-1) != targets[learnt]).float()
+    )
+    counts: dict[str, tuple[int, int]] = {}
+    for kind, mistakes in zip(batch.kinds, wrong.tolist(), strict=True):
+        right, total = counts.get(kind, (0, 0))
+        counts[kind] = (right + (mistakes == 0), total + 1)
+    return F.cross_entropy(logits, targets[learnt]), counts
+
+
+class Marks:
+    """Share of answers right by kind of question, over about the last 300 answers of a kind."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, float] = {}
+        self.total: dict[str, float] = {}
+
+    def add(self, counts: dict[str, tuple[int, int]]) -> None:
+        for kind, (right, total) in counts.items():
+            keep = max(0.0, 1 - total / 300)
+            self.right[kind] = self.right.get(kind, 0.0) * keep + right
+            self.total[kind] = self.total.get(kind, 0.0) * keep + total
+
+    def accuracy(self) -> dict[str, float]:
+        return {kind: round(self.right[kind] / self.total[kind], 3) for kind in sorted(self.total)}
+
+    def mastered(self, accuracy: float) -> bool:
+        """Whether every kind of question is; captions are long, and nobody can guess how a note begins."""
+        asked = {kind: share for kind, share in self.accuracy().items() if kind not in ("caption", "note")}
+        return bool(asked) and all(self.total[kind] >= 150 and share >= accuracy for kind, share in asked.items())
+
+    def weights(self) -> dict[str, float]:
+        """What is still answered wrongly is asked more often."""
+        return {kind: 0.15 + (1 - accuracy) for kind, accuracy in self.accuracy().items()}
+
+
+# Facts to look one up among, from few to all. A lesson ends when every kind of question is mastered, or at its last step.
+LESSONS = (
+    (Mixture(most_items=1, merged=1.0, conversation=0.1, captions=0.0, sheets=0.0, large=0.0), 0.10),
+    (Mixture(most_items=2, merged=1.0, conversation=0.1, captions=0.0, sheets=0.0, large=0.0), 0.30),
+    (Mixture(most_items=3, merged=1.0, conversation=0.2, captions=0.05, sheets=0.2, large=0.05), 0.50),
+    (Mixture(conversation=0.4), 0.75),
+    (Mixture(conversation=0.8), 1.0),  # while the learning rate falls to zero, in a line
+)
+MASTERED = 0.97
+COOLING = 0.25  # of the steps, at the end
+
+
+def start_llama(model: LlamaForCausalLM) -> None:
+    """Queries start as half their keys' projection: at first a word looks for itself among what stands before it.
+
+    Looking a fact up by a word is what the documents want. Found at random, it takes this model some thousand steps.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            keys = attention.k_proj.weight.view(-1, attention.head_dim, model.config.hidden_size)
+            keys = keys.repeat_interleave(attention.num_key_value_groups, dim=0)
+            attention.q_proj.weight.copy_(0.5 * keys.reshape_as(attention.q_proj.weight))
 
 
 def train_llama(options: Options) -> None:
@@ -371,46 +460,54 @@ def train_llama(options: Options) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if options.lookups:
-        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA, **ids))
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, **ids))
+    start_llama(model)
+    body = body_of(model)
+    compiled = torch.compile(body, dynamic=False) if options.compile else body
     optimizer = optimizer_for([model])
-    log = Log("llama-lookups" if options.lookups else "llama", options)
+    log = Log("llama", options)
     print(f"{model.num_parameters():,} parameters")
-
     layout = Layout(tokenizer)
 
-    def batch_of(prefix: str, tokens: int, share: float = 1.0) -> LlamaBatch:
-        """Documents grow in the first third of training: looking a fact up is learnt sooner among few facts."""
-        size = next((size for until, size in ((0.10, 1), (0.2, 2), (0.33, 3)) if share < until), 9)
-        asked, captions, sheets = min(size + 2, 6), 1.0, 0.3
-        if options.lookups:
-            size = next((size for until, size in ((0.2, 2), (0.5, 3)) if share < until), 9)
-            asked, captions, sheets = min(2 * size, 10), 0.1, 0.12
-        documents: list[Positions] = []
-        while sum(len(document.labels) for document in documents) < tokens:
-            documents.append(layout(make_document(f"{prefix}/{len(documents)}", size, asked, captions, sheets)))
-        return llama_batch(documents, options.row, layout.pad)
+    def batch_of(prefix: str, mixture: Mixture, weights: dict[str, float] | None = None) -> LlamaBatch:
+        documents = (layout(make_document(f"{prefix}/{number}", mixture, weights)) for number in count())
+        return llama_batch(documents, options.batch, options.row, layout.pad)
 
-    held_out = batch_of("held-out", 20_000)
-    for step in range(options.stop_after or options.steps):
-        loss, right = llama_loss(
-            model, batch_of(f"{options.seed}/{step}", options.batch * options.row, step / options.steps)
+    def hold_out(step: int) -> None:
+        held = Marks()
+        with torch.no_grad():
+            for batch in held_out:
+                held.add(llama_loss(model, body, batch)[1])
+        log.write(step=step, held_out_answers_right=held.accuracy())
+        save(model, directory)
+
+    held_out = [batch_of(f"held-out/{number}", Mixture(merged=1.0, conversation=1.0)) for number in range(8)]
+    lesson, marks, cool = 0, Marks(), int(COOLING * options.steps)
+    end = options.steps  # comes sooner where all is mastered sooner
+    for step in range(options.steps):
+        if step >= end:
+            break
+        share = step / options.steps
+        if lesson < len(LESSONS) - 1 and (share >= LESSONS[lesson][1] or marks.mastered(MASTERED)):
+            log.write(step=step, lesson_ends=lesson + 1, answers_right=marks.accuracy())
+            lesson, marks = lesson + 1, Marks()
+            if lesson == len(LESSONS) - 1:
+                end = step + cool
+        loss, counts = llama_loss(
+            model, compiled, batch_of(f"{options.seed}/{step}", LESSONS[lesson][0], marks.weights())
         )
+        marks.add(counts)
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, options.steps, options.learning_rate)
+            group["lr"] = options.learning_rate * min(1.0, (step + 1) / 100, (end - step) / cool)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 49:
-            log.write(step=step + 1, loss=loss.item(), tokens_right=right.item())
-        if step % options.save_every == options.save_every - 1 or step == options.steps - 1:
-            with torch.no_grad():
-                held_loss, right = llama_loss(model, held_out)
-            log.write(step=step + 1, held_out_loss=held_loss.item(), held_out_tokens_right=right.item())
-            save(model, directory)
+            log.write(step=step + 1, loss=loss.item(), lesson=lesson + 1, answers_right=marks.accuracy())
+        if step % options.save_every == options.save_every - 1:
+            hold_out(step + 1)
+    hold_out(end)
 
 
 def main() -> None:

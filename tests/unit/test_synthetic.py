@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from llama3v.data.sources.base import Sample, open_source
-from llama3v.data.synthetic.dataset import make_scenes, write_scenes
-from llama3v.data.synthetic.documents import EMPTY, make_document, merged_prefix
+from llama3v.data.synthetic.dataset import magnification_of, make_scenes, write_scenes
+from llama3v.data.synthetic.documents import EMPTY, Mixture, make_document, merged_prefix, notes
 from llama3v.data.synthetic.language import KINDS, NUMBERS, caption, place_of_page, questions
 from llama3v.data.synthetic.scenes import SCENE_SIZE, Item, Scene, draw, make_scene
 from llama3v.model.slicing import choose_grid
@@ -113,6 +113,51 @@ def test_documents_ask_about_what_they_state() -> None:
         for question, answer in document.turns:
             if question.startswith(("What colour", "What shape", "What word")):
                 assert answer in stated
+
+
+def test_a_large_page_is_whole_in_the_overview_and_its_corners_are_in_the_slices() -> None:
+    for scene in SCENES:
+        if scene.is_sheet:
+            continue
+        prefix = merged_prefix(scene, random.Random(0), large=True)
+        assert prefix[:10] == merged_prefix(scene, random.Random(0))
+        assert sum(isinstance(part, tuple) for part in prefix) == 9 * 5
+        corners = [item for item in scene.items if item.row != 1 and item.column != 1]
+        filled = [part for part in prefix[10:] if isinstance(part, tuple) and part != (EMPTY,)]
+        assert sorted(map(len, filled)) == sorted(len(prefix[3 * item.row + item.column]) for item in corners)
+
+
+def test_notes_state_only_what_the_scene_shows() -> None:
+    for scene in SCENES:
+        if scene.is_sheet:
+            continue
+        lines = notes(scene, random.Random(0))
+        said = caption(scene)
+        directions = {"left", "right", "above", "below"}
+        for line in lines[: len(scene.items)]:
+            assert any(set(line.split()) >= {item.colour, item.name} for item in scene.items)
+        assert all(line.split()[-1] in directions for line in lines[len(scene.items) :])
+        assert all(word in said or word in directions for line in lines for word in line.split())
+
+
+def test_questions_of_a_kind_with_more_weight_are_drawn_more_often() -> None:
+    def share_of_counts(weight: float) -> float:
+        mixture = Mixture(most_questions=1, sheets=0, captions=0, conversation=1)
+        kinds = [make_document(f"test/{number}", mixture, {"count": weight}).kinds[0] for number in range(300)]
+        return kinds.count("count") / len(kinds)
+
+    assert share_of_counts(0.1) < share_of_counts(1.0) < share_of_counts(20.0)
+
+
+def test_some_one_page_scenes_are_drawn_large_and_show_the_same(tmp_path) -> None:
+    large = [scene for scene in SCENES if magnification_of(scene) > 1]
+    assert 0.04 < len(large) / len(SCENES) < 0.12
+    assert not any(scene.is_sheet for scene in large)
+    picture = draw(large[0], 3)
+    assert picture.size == (3 * SCENE_SIZE, 3 * SCENE_SIZE)
+    small = picture.reduce(3).tobytes()
+    difference = [abs(a - b) for a, b in zip(small, draw(large[0]).tobytes(), strict=True)]
+    assert sum(difference) / len(difference) < 3
 
 
 def test_splits_share_no_picture() -> None:

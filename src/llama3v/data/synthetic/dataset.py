@@ -10,6 +10,8 @@ from llama3v.data.synthetic.scenes import Scene, draw, make_scene
 
 SHEET_SHARE = 0.25
 QUESTIONS_PER_SCENE = 7
+LARGE_SHARE = 0.1  # of the one-page scenes are drawn so large that slicing cuts through them
+MAGNIFICATIONS = (2, 3, 4)
 CAPTION_SHARE = 0.3  # of the conversations that also ask for a caption, so that stage 2 does not forget it
 
 
@@ -36,7 +38,7 @@ def write_scenes(directory: Path, split: str, count: int) -> SceneFiles:
     pictures, captions, conversations = [], [], []
     for number, scene in enumerate(scenes):
         name = f"images/{number:05d}.png"
-        draw(scene).save(directory / name)
+        draw(scene, magnification_of(scene)).save(directory / name)
         pictures.append(directory / name)
         rng = random.Random(scene.seed + "/conversation")
         described = [(rng.choice(CAPTION_PROMPTS), caption(scene))]
@@ -49,6 +51,12 @@ def write_scenes(directory: Path, split: str, count: int) -> SceneFiles:
     files.captions.write_text(json.dumps(captions, indent=1))
     files.conversations.write_text(json.dumps(conversations, indent=1))
     return files
+
+
+def magnification_of(scene: Scene) -> int:
+    """How large a data set draws the scene: 1, and for some one-page scenes more."""
+    rng = random.Random(scene.seed + "/magnification")
+    return rng.choice(MAGNIFICATIONS) if not scene.is_sheet and rng.random() < LARGE_SHARE else 1
 
 
 def _row(scene: Scene, image: str, turns: list[tuple[str, str]]) -> dict[str, object]:

@@ -7,12 +7,12 @@ read superposed words from its size, a tiny one has to meet them.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from llama3v.data.synthetic.language import CAPTION_PROMPTS, caption, name_item, place_of_item, questions
+from llama3v.data.synthetic.language import CAPTION_PROMPTS, Question, caption, name_item, place_of_item, questions
 from llama3v.data.synthetic.scenes import Item, Scene, make_scene
 
-MERGED_SHARE = 0.8
 EMPTY = "."  # what stands at a place with nothing on it
 
 
@@ -21,26 +21,69 @@ class Document:
     """`prefix` holds one entry a position: a string (plain text) or a tuple of words merged into one position."""
 
     prefix: tuple[str | tuple[str, ...], ...]
-    turns: tuple[tuple[str, str], ...]  # (question, answer)
+    turns: tuple[tuple[str, str], ...]  # (question, answer); a note has no question
+    kinds: tuple[str, ...]  # of the questions; "caption" for a caption, "note" for a note
+    conversation: bool = True  # in Llama 3's chat format; else questions and answers are bare lines
 
 
-def make_document(
-    seed: str, most_items: int = 9, most_questions: int = 6, caption_share: float = 1.0, sheet_share: float = 0.3
-) -> Document:
-    """The document of a seed. Fewer items and questions make a shorter one, for the beginning of training.
+@dataclass(frozen=True)
+class Mixture:
+    """What documents are made of. All values but the first two are shares of the documents."""
 
-    A `caption_share` of the documents also ask for the caption, which is learnt by copying in order; what the others
-    ask can only be answered by finding the one fact that is meant.
-    """
+    most_items: int = 9
+    most_questions: int = 8
+    merged: float = 0.9
+    conversation: float = 0.5
+    captions: float = (
+        0.15  # also ask for the caption, which is learnt by copying in order; questions want one fact found
+    )
+    sheets: float = 0.25
+    large: float = 0.08  # one page drawn so large that it is sliced too
+    notes: float = 1.0  # of the bare lines: begin with notes
+
+
+def make_document(seed: str, mixture: Mixture | None = None, weights: Mapping[str, float] | None = None) -> Document:
+    """The document of a seed. Questions are drawn with the weights of their kinds (1 where none is given)."""
+    mixture, weights = mixture or Mixture(), weights or {}
     rng = random.Random(seed + "/document")
-    scene = _with_at_most(most_items, make_scene(seed, sheet=rng.random() < sheet_share), rng)
-    asked = [(question.text, question.answer) for question in questions(scene, rng)[:most_questions]]
-    described = (rng.choice(CAPTION_PROMPTS), caption(scene))
-    if rng.random() < caption_share:
+    scene = _with_at_most(mixture.most_items, make_scene(seed, sheet=rng.random() < mixture.sheets), rng)
+
+    def key(question: Question) -> float:  # a weighted draw without replacement
+        return -(rng.random() ** (1 / weights.get(question.kind, 1.0)))
+
+    asked = sorted(questions(scene, rng), key=key)[: mixture.most_questions]
+    rng.shuffle(asked)
+    if rng.random() < mixture.captions:
+        described = Question("caption", rng.choice(CAPTION_PROMPTS), caption(scene))
         asked.insert(rng.randrange(len(asked) + 1), described)
-    if rng.random() < MERGED_SHARE:
-        return Document(merged_prefix(scene, rng), tuple(asked))
-    return Document((caption(scene, rng),), tuple(asked))
+    merged, large = rng.random() < mixture.merged, rng.random() < mixture.large
+    conversation = rng.random() < mixture.conversation
+    if not conversation and not scene.is_sheet and rng.random() < mixture.notes:
+        asked = [Question("note", "", note) for note in notes(scene, rng)] + asked
+    return Document(
+        prefix=merged_prefix(scene, rng, large=large) if merged else (caption(scene, rng),),
+        turns=tuple((question.text, question.answer) for question in asked),
+        kinds=tuple(question.kind for question in asked),
+        conversation=conversation,
+    )
+
+
+def notes(scene: Scene, rng: random.Random) -> list[str]:
+    """What is true of each thing on a page, beginning with any of it: the shortest text that wants facts kept together.
+
+    A question is read before it is answered; here every next word follows from the word before it.
+    """
+    lines = []
+    for item in rng.sample(scene.items, k=len(scene.items)):
+        words = [item.size, item.colour, item.name] if item.kind == "shape" else [item.kind, item.colour, item.name]
+        words.append(place_of_item(item))
+        first = rng.choice(words)
+        lines.append(" ".join([first, *(word for word in words if word != first)]))
+    related = [question for question in questions(scene, rng) if question.kind == "relation"]
+    for question in related[:2]:  # "Where is the star from the red circle?" "left" -> "star red circle left"
+        one, other = question.text.removeprefix("Where is the ").removesuffix("?").split(" from the ")
+        lines.append(f"{one} {other} {question.answer}")
+    return lines
 
 
 def _with_at_most(count: int, scene: Scene, rng: random.Random) -> Scene:
@@ -52,14 +95,24 @@ def _with_at_most(count: int, scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, pages=(tuple(scene.items[index] for index in sorted(kept)),))
 
 
-def merged_prefix(scene: Scene, rng: random.Random) -> tuple[str | tuple[str, ...], ...]:
-    """The layout of a picture's visual tokens, with words in their place: overview, then slices by rows."""
-    if not scene.is_sheet:
+def merged_prefix(scene: Scene, rng: random.Random, large: bool = False) -> tuple[str | tuple[str, ...], ...]:
+    """The layout of a picture's visual tokens, with words in their place: overview, then slices by rows.
+
+    A sheet's overview shows at most two things (the rest is too small to tell); its slices are the pages. A `large` page
+    is whole in the overview, and its slices hold what stands in the corners.
+    """
+    if not scene.is_sheet and not large:
         return (*_merged_page(scene.items), "\n")
-    overview = _merged_page(tuple(rng.sample([page[0] for page in scene.pages], k=min(2, len(scene.pages)))))
-    positions: list[str | tuple[str, ...]] = [*overview, "\n"]
-    for number, page in enumerate(scene.pages):
-        last = number % scene.columns == scene.columns - 1
+    pages, columns, overview = scene.pages, scene.columns, scene.items
+    if scene.is_sheet:
+        overview = tuple(rng.sample([page[0] for page in pages], k=min(2, len(pages))))
+    else:
+        corners = [(row, column) for row in (0, 2) for column in (0, 2)]
+        pages = tuple(tuple(item for item in scene.items if (item.row, item.column) == corner) for corner in corners)
+        columns = 2
+    positions: list[str | tuple[str, ...]] = [*_merged_page(overview), "\n"]
+    for number, page in enumerate(pages):
+        last = number % columns == columns - 1
         positions += [*_merged_page(page), "\n" if last else ","]
     return tuple(positions)
 
@@ -72,4 +125,5 @@ def _merged_page(items: tuple[Item, ...]) -> list[tuple[str, ...]]:
 
 def _merged_item(item: Item) -> tuple[str, ...]:
     """What the caption says of the item, its place included: an encoder that was trained on captions tells that too."""
-    return (*name_item(item).split()[1:], *place_of_item(item).split())
+    words = (*name_item(item).split()[1:], *place_of_item(item).split())
+    return tuple(f" {word}" for word in words)  # as they stand in a sentence

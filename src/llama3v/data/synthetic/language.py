@@ -71,8 +71,8 @@ def _sheet_questions(scene: Scene, rng: random.Random) -> list[Question]:
     asked = []
     for number, (item,) in enumerate(scene.pages):
         where = place_of_page(number, scene.columns, scene.rows)
-        asked.append(Question("sheet", f"What {item.kind} is at the {where}?", item.name))
-        asked.append(Question("sheet", f"What colour is at the {where}?", item.colour))
+        asked.append(Question("sheet", f"What {item.kind} is on the {where} page?", item.name))
+        asked.append(Question("sheet", f"What colour is on the {where} page?", item.colour))
     return asked
 
 

@@ -106,36 +106,37 @@ def _lone_item(rng: random.Random) -> Item:
     )
 
 
-def draw(scene: Scene) -> Image.Image:
-    """RGB picture of columns * 72 x rows * 72 pixels."""
+def draw(scene: Scene, magnification: int = 1) -> Image.Image:
+    """RGB picture of columns * 72 x rows * 72 pixels, times `magnification`."""
     rng = random.Random(scene.seed + "/drawing")
     shade = tuple(rng.randrange(225, 256) for _ in range(3))
-    scale = SCENE_SIZE * _OVERSAMPLING
+    unit = _OVERSAMPLING * magnification  # of a pixel of a 72-pixel scene, on the canvas
+    scale = SCENE_SIZE * unit
     canvas = Image.new("RGB", (scene.columns * scale, scene.rows * scale), shade)
     pen = ImageDraw.Draw(canvas)
     for number, page in enumerate(scene.pages):
         row, column = divmod(number, scene.columns)
         for item in page:
-            _draw_item(pen, item, column * scale, row * scale, rng)
+            _draw_item(pen, item, column * scale, row * scale, unit, rng)
     if scene.is_sheet:
         for column in range(1, scene.columns):
-            pen.line([(column * scale, 0), (column * scale, canvas.height)], fill=(185, 185, 185), width=_OVERSAMPLING)
+            pen.line([(column * scale, 0), (column * scale, canvas.height)], fill=(185, 185, 185), width=unit)
         for row in range(1, scene.rows):
-            pen.line([(0, row * scale), (canvas.width, row * scale)], fill=(185, 185, 185), width=_OVERSAMPLING)
+            pen.line([(0, row * scale), (canvas.width, row * scale)], fill=(185, 185, 185), width=unit)
     return canvas.reduce(_OVERSAMPLING)
 
 
-def _draw_item(pen: ImageDraw.ImageDraw, item: Item, left: int, top: int, rng: random.Random) -> None:
+def _draw_item(pen: ImageDraw.ImageDraw, item: Item, left: int, top: int, unit: int, rng: random.Random) -> None:
     cell = SCENE_SIZE / 3
     jitter = 1.5
-    x = left + _OVERSAMPLING * (cell * (item.column + 0.5) + rng.uniform(-jitter, jitter))
-    y = top + _OVERSAMPLING * (cell * (item.row + 0.5) + rng.uniform(-jitter, jitter))
+    x = left + unit * (cell * (item.column + 0.5) + rng.uniform(-jitter, jitter))
+    y = top + unit * (cell * (item.row + 0.5) + rng.uniform(-jitter, jitter))
     colour = tuple(max(0, min(255, channel + rng.randrange(-12, 13))) for channel in COLOURS[item.colour])
     if item.kind == "shape":
-        radius = _OVERSAMPLING * _RADIUS[item.size] * rng.uniform(0.93, 1.07)
+        radius = unit * _RADIUS[item.size] * rng.uniform(0.93, 1.07)
         _draw_shape(pen, item.name, x, y, radius, colour)
     else:
-        font = _font(_OVERSAMPLING * (19 if item.kind == "word" else 21))
+        font = _font(unit * (19 if item.kind == "word" else 21))
         pen.text((x, y), item.name, fill=colour, font=font, anchor="mm")
 
 
