@@ -2,7 +2,7 @@
 
     python tests/cache_process.py ROOT FIRST_KEY LAST_KEY RECORDS_PER_SHARD [SECONDS_BETWEEN_RECORDS [FILE_SIZE_LIMIT]]
 
-It needs no torch, so that a process starts in a tenth of a second.
+In bf16 it needs no torch, so that a process starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import numpy as np
 
 from llama3v.errors import CacheError
+from llama3v.feature_cache.codecs import codec_named
 from llama3v.feature_cache.commit import CRASH_VARIABLE
 from llama3v.feature_cache.writer import CacheWriter
 from llama3v.model.slicing import Grid
@@ -35,9 +36,14 @@ def features_of(number: int) -> np.ndarray:
     return generator.integers(0, 0x4000, SHAPE).astype(np.uint16)
 
 
-def write(root: str, numbers: range, records_per_shard: int, seconds: float = 0.0) -> int:
+def manifest_in(codec: str) -> dict[str, str]:
+    return {**MANIFEST, "codec": codec}
+
+
+def write(root: str, numbers: range, records_per_shard: int, seconds: float = 0.0, codec: str = "bf16") -> int:
     """Write what is missing; returns how many records were written."""
-    with CacheWriter(root, MANIFEST, shard_bytes=records_per_shard * RECORD_BYTES) as writer:
+    shard_bytes = records_per_shard * codec_named(codec).bytes_of(SHAPE)
+    with CacheWriter(root, manifest_in(codec), shard_bytes=shard_bytes) as writer:
         for number in numbers:
             if key_number(number) not in writer:
                 writer.add_bytes(key_number(number), features_of(number), GRID)
@@ -46,16 +52,18 @@ def write(root: str, numbers: range, records_per_shard: int, seconds: float = 0.
 
 
 def serve() -> None:
-    """Fork a writer for every line `CRASH_AT ROOT FIRST LAST PER_SHARD` on stdin; answer with its exit code.
+    """Fork a writer for every line `CRASH_AT ROOT FIRST LAST PER_SHARD CODEC` on stdin; answer with its exit code.
 
     A fork takes milliseconds, a new process a tenth of a second and more.
     """
     for line in sys.stdin:
-        crash_at, root, first, last, per_shard = line.split()
+        crash_at, root, first, last, per_shard, codec = line.split()
+        if codec != "bf16":
+            import torch  # noqa: F401 (once, before the fork)
         child = os.fork()
         if child == 0:
             os.environ[CRASH_VARIABLE] = crash_at
-            write(root, range(int(first), int(last)), int(per_shard))
+            write(root, range(int(first), int(last)), int(per_shard), codec=codec)
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import cache_process
 import pytest
-from cache_process import GRID, MANIFEST, RECORD_BYTES, features_of, key_number, write
+from cache_process import GRID, MANIFEST, RECORD_BYTES, features_of, key_number, manifest_in, write
 
 from llama3v.config import CacheConfig
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
+from llama3v.feature_cache.codecs import codec_named
 from llama3v.feature_cache.commit import CRASH_EXIT_CODE, CRASH_POINTS, CRASH_VARIABLE, TEMPORARY
 from llama3v.feature_cache.layout import CachePaths, fingerprint_of
 from llama3v.feature_cache.orphans import collect_orphans, find_orphans
@@ -62,13 +63,14 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def check_records(root: Path, least: int) -> int:
+def check_records(root: Path, least: int, codec: str = "bf16") -> int:
     """Every record that a reader sees is right, and there are at least so many. Returns how many."""
-    if not (root / FINGERPRINT / "manifest.json").exists():
+    manifest = manifest_in(codec)
+    if not CachePaths(root, fingerprint_of(manifest)).manifest.exists():
         assert least == 0
         return 0
-    reader = CacheReader(root, MANIFEST)
-    right = {key_number(number): features_of(number).tobytes() for number in range(RECORDS)}
+    reader = CacheReader(root, manifest)
+    right = {key_number(number): codec_named(codec).encode(features_of(number)) for number in range(RECORDS)}
     found = list(reader.keys())
     assert all(reader.read_bytes(key) == right[key] for key in found)
     assert len(found) >= least
@@ -78,19 +80,21 @@ def check_records(root: Path, least: int) -> int:
 # One commit of the first shard, one of the second: a kill at the second must keep the first.
 @pytest.mark.parametrize("time_passed", [1, 2])
 @pytest.mark.parametrize("point", [point for point in CRASH_POINTS if not point.startswith("journal")])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_a_kill_at_any_point_of_a_commit_leaves_right_records_and_a_rerun_completes(
-    tmp_path: Path, run_to_crash: Callable[..., int], point: str, time_passed: int
+    tmp_path: Path, run_to_crash: Callable[..., int], codec: str, point: str, time_passed: int
 ) -> None:
+    paths = CachePaths(tmp_path, fingerprint_of(manifest_in(codec)))
     if point.startswith("manifest") and time_passed == 2:
         time_passed = 1
-        write(str(tmp_path), range(3), PER_SHARD)  # killed while it mends the manifest of a filled cache
-        (tmp_path / FINGERPRINT / "manifest.json").unlink()
-    assert run_to_crash(f"{point}:{time_passed}", tmp_path, 0, RECORDS, PER_SHARD) == CRASH_EXIT_CODE
-    check_records(tmp_path, PER_SHARD if time_passed == 2 else 0)
-    write(str(tmp_path), range(RECORDS), PER_SHARD)
-    assert check_records(tmp_path, RECORDS) == RECORDS
-    assert list(find_orphans(CachePaths(tmp_path, FINGERPRINT))) == []
-    assert write(str(tmp_path), range(RECORDS), PER_SHARD) == 0
+        write(str(tmp_path), range(3), PER_SHARD, codec=codec)  # killed while it mends the manifest of a filled cache
+        paths.manifest.unlink()
+    assert run_to_crash(f"{point}:{time_passed}", tmp_path, 0, RECORDS, PER_SHARD, codec) == CRASH_EXIT_CODE
+    check_records(tmp_path, PER_SHARD if time_passed == 2 else 0, codec)
+    write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
+    assert check_records(tmp_path, RECORDS, codec) == RECORDS
+    assert list(find_orphans(paths)) == []
+    assert write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec) == 0
 
 
 def test_kills_at_random_moments_lose_no_committed_record_and_reruns_complete(tmp_path: Path) -> None:
@@ -138,9 +142,12 @@ def flip(path: Path, bit: int) -> None:
 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("suffix", ["safetensors", "idx"])
-def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(tmp_path: Path, suffix: str) -> None:
-    write(str(tmp_path), range(RECORDS), PER_SHARD)
-    paths = CachePaths(tmp_path, FINGERPRINT)
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(
+    tmp_path: Path, codec: str, suffix: str
+) -> None:
+    write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
+    paths = CachePaths(tmp_path, fingerprint_of(manifest_in(codec)))
     files = sorted(paths.shards.glob(f"*.{suffix}"))
     generator = random.Random(suffix)
     for _ in range(30):
@@ -148,13 +155,13 @@ def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(
         bit = generator.randrange(8 * path.stat().st_size)
         flip(path, bit)
         with pytest.raises(CacheError, match=path.stem):
-            read_all(tmp_path)
-        with CacheWriter(tmp_path, MANIFEST) as writer:
+            read_all(tmp_path, codec)
+        with CacheWriter(tmp_path, manifest_in(codec)) as writer:
             missing = [number for number in range(RECORDS) if key_number(number) not in writer]
             assert missing, f"bit {bit} of {path.name} was noticed, but nothing is encoded anew"
             for number in missing:
                 writer.add_bytes(key_number(number), features_of(number), GRID)
-        assert check_records(tmp_path, RECORDS) == RECORDS
+        assert check_records(tmp_path, RECORDS, codec) == RECORDS
         flip(path, bit)  # back to the first state, for the next bit
         paths.damaged.unlink()
         for extra in set(paths.shards.iterdir()) - {
@@ -164,24 +171,27 @@ def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "idx"])
-def test_verify_finds_any_flipped_bit_and_is_content_once_it_is_encoded_anew(tmp_path: Path, suffix: str) -> None:
-    paths = CachePaths(tmp_path, FINGERPRINT)
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_verify_finds_any_flipped_bit_and_is_content_once_it_is_encoded_anew(
+    tmp_path: Path, codec: str, suffix: str
+) -> None:
+    paths = CachePaths(tmp_path, fingerprint_of(manifest_in(codec)))
     generator = random.Random(suffix)
     for _ in range(8):
-        write(str(tmp_path), range(RECORDS), PER_SHARD)
+        write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
         live = sorted({record.shard for record in CacheReader(tmp_path).records()})
         path = paths.shards / f"{generator.choice(live)}.{suffix}"
         flip(path, generator.randrange(8 * path.stat().st_size))
         with pytest.raises(CacheError, match=f"1 damaged (records|shards): .* in shard {path.stem}"):
             cache(CacheConfig("verify", tmp_path))
-        write(str(tmp_path), range(RECORDS), PER_SHARD)
-        result = cache(CacheConfig("verify", tmp_path))[FINGERPRINT]
+        write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
+        result = cache(CacheConfig("verify", tmp_path))[paths.fingerprint]
         assert (result["records"], result["damaged"]) == (RECORDS, [])
-        assert check_records(tmp_path, RECORDS) == RECORDS
+        assert check_records(tmp_path, RECORDS, codec) == RECORDS
 
 
-def read_all(root: Path) -> None:
-    reader = CacheReader(root, MANIFEST)
+def read_all(root: Path, codec: str) -> None:
+    reader = CacheReader(root, manifest_in(codec))
     for number in range(RECORDS):
         reader.read_bytes(key_number(number))
 
