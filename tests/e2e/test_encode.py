@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,100 @@ def test_a_model_directory_brings_its_tower_and_its_slicing(config: EncodeConfig
     assert (summary["encoded"], summary["already_cached"]) == (0, 26)
     with pytest.raises(ConfigError, match="max_tiles is 4, not 2"):
         encode(with_options(config, vision=str(tiny_model_dir), max_tiles=2))
+
+
+def test_the_next_batch_is_put_together_while_the_tower_computes(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass of the tower waits here for the batch after it: made by the same thread, it would never come."""
+    from llama3v.feature_cache import encode as verb
+    from llama3v.feature_cache.encoders.torch import TorchEncoder
+
+    made: list[str] = []
+    passes: list[bool] = []
+    real_batches, real_encode = verb.make_batches, TorchEncoder.encode
+
+    def batches(*arguments):
+        for batch in real_batches(*arguments):
+            made.append("batch")
+            yield batch
+        made.append("end")
+
+    def waiting(encoder: TorchEncoder, tiles: np.ndarray) -> torch.Tensor:
+        number = len(passes)  # 0: the check of the engine
+        deadline = time.monotonic() + 20
+        while number and len(made) <= number and time.monotonic() < deadline:
+            time.sleep(0.001)
+        passes.append(len(made) > number)
+        return real_encode(encoder, tiles)
+
+    monkeypatch.setattr(verb, "make_batches", batches)
+    monkeypatch.setattr(TorchEncoder, "encode", waiting)
+    assert encode(config)["encoded"] == IMAGES
+    assert made[-1] == "end"
+    assert len(passes) == len(made) > 10
+    assert all(passes)
+
+
+def test_an_interrupt_ends_a_pass_that_finds_everything_cached(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its search for a first batch to encode may be hours from its end."""
+    from llama3v.data.sources.base import FileImage
+    from llama3v.feature_cache.encode import _Encoding
+
+    encode(config)
+    folder = Path(config.data).parent
+    read = []
+
+    def endless(encoding: _Encoding):
+        image = FileImage("00.png", folder)
+        while True:
+            read.append("image")
+            if len(read) == 500:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield "sample", image
+
+    monkeypatch.setattr(_Encoding, "_images", endless)
+    with pytest.raises(KeyboardInterrupt, match="run the same command"):
+        encode(config)
+    assert 500 <= len(read) < 100_000
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "auto"])
+def test_engines_fill_one_cache_and_the_summary_names_them(config: EncodeConfig, engine: str) -> None:
+    if engine != "auto":
+        pytest.importorskip(engine, reason=f"{engine} is not installed")
+    first = encode(with_options(config, limit=9))
+    summary = encode(with_options(config, engine=engine))
+    assert summary["fingerprint"] == first["fingerprint"]
+    assert (summary["encoded"], summary["already_cached"]) == (16, 10)
+    if engine != "auto":
+        assert (summary["engine"], summary["device"], summary["precision"]) == (engine, "cpu", "fp32")
+    assert summary["engine"] in ("torch", "openvino", "onnxruntime", "mlx")
+    assert summary["opening_seconds"] > 0
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_anything_is_read(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama3v.feature_cache.encoders.choose._is_installed", lambda module: False)
+    with pytest.raises(ConfigError, match=r"pip install 'llama3v\[openvino\]'"):
+        encode(with_options(config, engine="openvino", data="nowhere"))
+
+
+@pytest.mark.slow  # it starts four processes, two of which load torch
+def test_the_benchmark_runs_and_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks.encode import Options, main
+
+    main(Options(json=tmp_path / "encode.json", quick=True, rounds=1, photographs=2, engines=("torch",)))
+    results = json.loads((tmp_path / "encode.json").read_text())
+    assert {"machine", "versions", "commit", "command", "rows"} <= set(results)
+    assert {tuple(entry) for entry in results["rows"]} == {("name", "ours", "peer", "ratio", "limit", "unit", "note")}
+    names = " ".join(entry["name"] for entry in results["rows"])
+    for part in ("usual loop", "torch, fp32", "torch, bf16", "pass with torch", "listing", "encode pass over"):
+        assert part in names or (part in ("listing", "encode pass over") and sys.platform != "linux")
 
 
 # Killed processes are forked from one that has imported torch and loaded the tower, which takes seconds.
