@@ -25,6 +25,9 @@ LARGEST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.2}  # of any value, relative to th
 LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # of any patch
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # for OpenVINO
+
+
 def engines(*, also_compiled: bool = True) -> list:
     """Every engine; those that need a compiler for half a minute are slow."""
     compiled = [pytest.param("torch-compile", marks=pytest.mark.slow)] if also_compiled else []
@@ -64,7 +67,7 @@ def test_features_are_those_of_torch_in_fp32(
     tower = towers[which]
     encoder = open_or_skip(engine, tower, precision)
     tiles = picture(encoder.tiles_in_pass, tower.tile_size)
-    found, expected = encoder.encode_pass(tiles).float(), in_fp32(tower, tiles)
+    found, expected = encoder.encode_pass(tiles).float().cpu(), in_fp32(tower, tiles)
     assert found.shape == expected.shape == (len(tiles), tower.grid_side**2, tower.width)
     difference = (found - expected).abs().max() / expected.square().mean().sqrt()
     assert difference < LARGEST_DIFFERENCE[precision]

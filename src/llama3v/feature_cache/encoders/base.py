@@ -31,7 +31,9 @@ class TrunkEncoder(ABC):
     """
 
     name: str
-    device: str = "cpu"
+    device = "cpu"
+    into_pinned_memory = False
+    """Whether features come from a GPU that copies faster into such memory."""
 
     def __init__(self, tower: VisionTower, precision: Precision, tiles_in_pass: int) -> None:
         self.precision = precision
@@ -49,7 +51,7 @@ class TrunkEncoder(ABC):
         """
         if len(tiles) % self.tiles_in_pass:
             raise ValueError(f"{len(tiles)} tiles do not fill passes of {self.tiles_in_pass}")
-        features = torch.empty(len(tiles), *self._shape, dtype=torch.bfloat16)
+        features = torch.empty(len(tiles), *self._shape, dtype=torch.bfloat16, pin_memory=self.into_pinned_memory)
         for start in range(0, len(tiles), self.tiles_in_pass):
             end = start + self.tiles_in_pass
             features[start:end] = self.encode_pass(tiles[start:end])  # rounds to bf16
@@ -57,7 +59,7 @@ class TrunkEncoder(ABC):
 
     @abstractmethod
     def encode_pass(self, tiles: np.ndarray) -> Tensor:
-        """uint8 [tiles_in_pass, S, S, 3] -> [tiles_in_pass, patches, width] of any float type, ready to be copied."""
+        """uint8 [tiles_in_pass, S, S, 3] -> [tiles_in_pass, patches, width] of any float type, on any device."""
 
 
 class NormalisedTrunk(nn.Module):

@@ -24,10 +24,9 @@ class OpenVinoEncoder(TrunkEncoder):
         openvino = _import_openvino()
         side = tower.tile_size
         example = torch.zeros(self.tiles_in_pass, side, side, 3, dtype=torch.uint8)
-        with torch.no_grad():
-            model = openvino.convert_model(
-                NormalisedTrunk(tower), example_input=example, input=[(list(example.shape), openvino.Type.u8)]
-            )
+        with torch.no_grad():  # without torch's check, which runs the tower three times: `open_encoder` checks
+            traced = torch.jit.trace(NormalisedTrunk(tower), example, check_trace=False)
+        model = openvino.convert_model(traced, input=[(list(example.shape), openvino.Type.u8)])
         options = {
             "INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision],
             "PERFORMANCE_HINT": "LATENCY",  # one pass at a time, on all threads

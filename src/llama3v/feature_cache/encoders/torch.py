@@ -25,6 +25,7 @@ class TorchEncoder(TrunkEncoder):
         on_cpu = self._device.type == "cpu"
         super().__init__(tower, precision, tiles_per_pass(batch_tiles, tower.grid_side**2) if on_cpu else batch_tiles)
         self.device = str(self._device) if on_cpu else _name_of(self._device)
+        self.into_pinned_memory = self._device.type == "cuda"
         trunk: nn.Module = NormalisedTrunk(tower)
         if not on_cpu or precision == "bf16":  # the caller's tower stays as it is
             trunk = copy.deepcopy(trunk).to(self._device)
@@ -37,9 +38,7 @@ class TorchEncoder(TrunkEncoder):
         with torch.no_grad(), lower:
             on_device = torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device)
             features = self._trunk(on_device)
-        if self._device.type != "cpu":  # half the bytes to move
-            features = features.to(torch.bfloat16).cpu()
-        return features
+            return features if self._device.type == "cpu" else features.to(torch.bfloat16)  # half the bytes to move
 
 
 class CompiledTorchEncoder(TorchEncoder):
