@@ -26,7 +26,7 @@ from benchmarks.common import medians, row, write_results
 from llama3v.data.synthetic.dataset import magnification_of, make_scenes
 from llama3v.data.synthetic.scenes import draw
 from llama3v.errors import CheckpointError
-from llama3v.feature_cache.codecs import CODECS, Codec, Int8
+from llama3v.feature_cache.codecs import CODECS, Codec, Fp8, Int8
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.writer import CacheWriter
 from llama3v.model.slicing import Grid
@@ -39,6 +39,7 @@ STUDIED: dict[str, Codec] = {
     "int8 without channel scales": Int8(per_channel=False),
     "int8": CODECS["int8"],
     "fp8": CODECS["fp8"],
+    "fp8 with channel scales": Fp8(per_channel=True),
 }
 LOSSES = ("training loss, last steps", "held-out loss as stored", "held-out loss in bf16")
 Losses = dict[str, dict[str, list[float]]]

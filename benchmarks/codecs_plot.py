@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 LOSS = "held-out loss in bf16"
-COLOURS = {"bf16": "#555555", "int8 without channel scales": "#e0a030", "int8": "#2f6db5", "fp8": "#c0392b"}
+COLOURS = {
+    "bf16": "#555555",
+    "int8 without channel scales": "#e0a030",
+    "int8": "#2f6db5",
+    "fp8": "#c0392b",
+    "fp8 with channel scales": "#8e5ea2",
+}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[str, list[float]]], png: Path) -> None:
