@@ -7,7 +7,8 @@ wrong becomes an `ImageError` of one line. Colour profiles are ignored, as when 
 import hashlib
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -102,6 +103,21 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     too large (`max_pixels`, judged by the header before decoding; `max_bytes`) or not an image raises
     ImageError.
     """
+    with open_image(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
+        image.load()
+        orientation = orientation_of(image)
+        picture = _to_rgb(image)
+        return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+@contextmanager
+def open_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Generator[Image.Image, None, None]:
+    """An image file whose header is read and within the limits; no pixel is decoded yet. As a context manager.
+
+    Raises ImageError, also in place of whatever decoders raise inside the context.
+    """
     if not data:
         raise ImageError("expected an image, found 0 bytes")
     if len(data) > max_bytes:
@@ -116,10 +132,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         with _OPENERS[name](BytesIO(data), "") as image:
             _check_size(name, image.size, max_pixels)
             _check_tiff_blocks(image, max_pixels)
-            image.load()
-            orientation = _orientation(image)
-            picture = _to_rgb(image)
-        return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+            yield image
     except ImageError:
         raise
     except Exception as error:
@@ -243,7 +256,7 @@ def _check_tiff_blocks(image: Image.Image, max_pixels: int) -> None:
             _check_size("TIFF tile", (width, height), max_pixels)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation; 1 (upright) where the EXIF block cannot be read, as in every viewer."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
