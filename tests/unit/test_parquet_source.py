@@ -151,6 +151,17 @@ def test_a_directory_of_parquet_files_is_one_source(tmp_path):
     assert [item.images[0].read() for item in items] == [picture(colour) for colour in ("red", "blue", "green")]
 
 
+def test_an_image_is_found_again_by_its_name(tmp_path):
+    for name in ("b.parquet", "sub/a#1.parquet"):
+        images = [[{"bytes": f"{name} {row} {place}".encode(), "path": None} for place in "01"] for row in range(3)]
+        write_parquet(tmp_path / name, {"images": image_column(images, many=True), "texts": [pairs("a", "b")] * 3})
+    source = open_source(str(tmp_path), limit=5, part="1/2")
+    images = [image for item in source for image in item.images]
+    assert len(images) == 6
+    for image in reversed(images):
+        assert source.image(image.name).read() == image.read()
+
+
 def test_a_parquet_file_is_iterated_without_loading_its_images(tmp_path):
     images = [[{"bytes": os.urandom(200_000), "path": f"{row}.png"}] for row in range(200)]  # 40 MB, one row group
     path = tmp_path / "a.parquet"

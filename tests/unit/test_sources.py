@@ -324,6 +324,23 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
 # Image files
 
 
+def test_an_image_is_found_again_by_its_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(picture("red"))
+    rows_of(tmp_path / "a.json", [{"image": "sub/a.png", "conversations": talk("a", "b")}])
+    for source in (open_source(str(tmp_path / "a.json"), limit=1, part="1/1"), open_source(str(tmp_path))):
+        [[image]] = [item.images for item in source if isinstance(item, Sample)]
+        assert source.image(image.name) == image
+        assert source.image(image.name).read() == picture("red")
+
+
+def test_an_image_inside_the_data_file_is_not_found_again(tmp_path):
+    address = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    [sample] = rows_of(tmp_path / "a.json", [{"image": address, "conversations": talk("a", "b")}])
+    with pytest.raises(DataError, match="cannot be found again by its name"):
+        open_source(str(tmp_path / "a.json")).image(sample.images[0].name)
+
+
 def test_images_are_found_beside_the_file_then_in_images_and_outside(tmp_path):
     data = tmp_path / "data"
     (data / "images" / "sub").mkdir(parents=True)

@@ -83,6 +83,12 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Sample | Rejected]: ...
 
+    def image(self, name: str) -> ImageRef:
+        """The image that a sample had under this name, without looking through the samples for it.
+
+        Raises DataError where that is impossible.
+        """
+
 
 def open_source(spec: str, limit: int | None = None, part: str | None = None) -> Source:
     """The data set that `spec` names: a LLaVA JSON or JSONL file, a parquet file or a directory of them, or
@@ -136,6 +142,9 @@ class _FirstRows:
     def __iter__(self) -> Iterator[Sample | Rejected]:
         return islice(self.source, self.limit)
 
+    def image(self, name: str) -> ImageRef:
+        return self.source.image(name)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -155,6 +164,9 @@ class _Part:
 
     def __iter__(self) -> Iterator[Sample | Rejected]:
         return islice(self.source, self.number - 1, None, self.of)
+
+    def image(self, name: str) -> ImageRef:
+        return self.source.image(name)
 
     def __length_hint__(self) -> int:
         return max(0, -(-(operator.length_hint(self.source) - self.number + 1) // self.of))

@@ -37,6 +37,7 @@ class ParquetSource:
         self.name = name_of(path)
         self._root = path if path.is_dir() else path.parent
         self._files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        self._columns: dict[str, _ImageColumn] = {}  # of the files that `image` was asked about
 
     @cached_property
     def digest(self) -> str:
@@ -52,13 +53,25 @@ class ParquetSource:
         for path in self._files:
             yield from self._read(path)
 
+    def image(self, name: str) -> ImageRef:
+        """The image of a name such as "train/0.parquet#17/0": file, row, place in the row."""
+        file_and_row, _, place = name.rpartition("/")
+        file, _, row = file_and_row.rpartition("#")
+        if file not in self._columns:
+            path = self._root / file
+            column = _image_column(_open(path))
+            if column is None:
+                raise DataError(f"{path}: expected a column images or image, found none")
+            self._columns[file] = _ImageColumn(path, column)
+        return ParquetImage(name, self._columns[file], int(row), int(place))
+
     def _name(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
 
     def _read(self, path: Path) -> Iterator[Sample | Rejected]:
         file = _open(path)
         columns = file.schema_arrow.names
-        image = next((name for name in ("images", "image") if name in columns), None)
+        image = _image_column(file)
         text = next((name for name in ("texts", "conversations", "messages") if name in columns), None)
         if text is None:
             found = ", ".join(columns)
@@ -134,6 +147,10 @@ class _ImageColumn:
             batch = next(self._batches)
             self._start, self._end = self._end, self._end + len(batch)
             self._values = batch.column(0)
+
+
+def _image_column(file: "pq.ParquetFile") -> str | None:
+    return next((name for name in ("images", "image") if name in file.schema_arrow.names), None)
 
 
 def _row_group(file: "pq.ParquetFile", row: int) -> tuple[int, int]:

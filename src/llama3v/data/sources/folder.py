@@ -59,6 +59,10 @@ class FolderSource:
         for name in captions:
             yield Rejected(name, "has a caption, but there is no such image")
 
+    def image(self, name: str) -> FileImage:
+        """The image of that name."""
+        return FileImage(name, self.path)
+
     def _listed_captions(self) -> Iterator[tuple[str, str | DataError]]:
         """Name of an image and its caption, or of a line and what is wrong with it."""
         for listing in sorted(_names_under(self.path, lambda name: name in CAPTION_FILES)):

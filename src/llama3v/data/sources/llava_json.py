@@ -47,6 +47,12 @@ class JsonSource:
             except DataError as error:
                 yield Rejected(id, str(error))
 
+    def image(self, name: str) -> ImageRef:
+        """The image of that name: a path. DataError for one whose bytes stand in the data file itself."""
+        if name.startswith("data:"):
+            raise DataError(f"{self.path}: an image inside the data file cannot be found again by its name")
+        return FileImage(name, self.path.parent)
+
     def _rows(self) -> Iterator[tuple[int, Any]]:
         """Number (from 1) and row; a DataError in place of a line that is not JSON."""
         with self.path.open("rb") as file:
