@@ -2,7 +2,7 @@
 
     python scripts/make_assets.py tokenizer
     python scripts/make_assets.py siglip --threads 1 --steps 2500 --stop-after 2000
-    python scripts/make_assets.py llama --steps 8000 --batch 12 --row 256 --learning-rate 2e-3
+    python scripts/make_assets.py llama --steps 5000 --batch 12 --row 256 --learning-rate 2e-3
 
 Output: src/llama3v/assets/{siglip,llama}-scenes and scripts/logs/. The logs state the seconds each took on a machine
 that was shared with other work.
@@ -430,7 +430,7 @@ class Marks:
 LESSONS = (
     (Mixture(most_items=1, merged=1.0, conversation=0.1, captions=0.0, sheets=0.0, large=0.0), 0.10),
     (Mixture(most_items=2, merged=1.0, conversation=0.1, captions=0.0, sheets=0.0, large=0.0), 0.30),
-    (Mixture(most_items=3, merged=1.0, conversation=0.2, captions=0.05, sheets=0.2, large=0.05), 0.50),
+    (Mixture(most_items=3, merged=1.0, conversation=0.2, captions=0.1, sheets=0.35, large=0.05), 0.50),
     (Mixture(conversation=0.4), 0.75),
     (Mixture(conversation=0.8), 1.0),  # while the learning rate falls to zero, in a line
 )

@@ -97,7 +97,7 @@ def test_a_caption_names_everything() -> None:
 
 def test_merged_facts_lie_where_the_visual_tokens_of_the_picture_would() -> None:
     for scene in SCENES:
-        prefix = merged_prefix(scene, random.Random(0))
+        prefix = merged_prefix(scene)
         tiles = 1 if not scene.is_sheet else 1 + len(scene.pages)
         assert sum(isinstance(part, tuple) for part in prefix) == 9 * tiles
         assert prefix.count("\n") == 1 + (scene.rows if scene.is_sheet else 0)
@@ -119,8 +119,8 @@ def test_a_large_page_is_whole_in_the_overview_and_its_corners_are_in_the_slices
     for scene in SCENES:
         if scene.is_sheet:
             continue
-        prefix = merged_prefix(scene, random.Random(0), large=True)
-        assert prefix[:10] == merged_prefix(scene, random.Random(0))
+        prefix = merged_prefix(scene, large=True)
+        assert prefix[:10] == merged_prefix(scene)
         assert sum(isinstance(part, tuple) for part in prefix) == 9 * 5
         corners = [item for item in scene.items if item.row != 1 and item.column != 1]
         filled = [part for part in prefix[10:] if isinstance(part, tuple) and part != (EMPTY,)]

@@ -10,7 +10,15 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from llama3v.data.synthetic.language import CAPTION_PROMPTS, Question, caption, name_item, place_of_item, questions
+from llama3v.data.synthetic.language import (
+    CAPTION_PROMPTS,
+    Question,
+    caption,
+    name_item,
+    place_of_item,
+    place_of_page,
+    questions,
+)
 from llama3v.data.synthetic.scenes import Item, Scene, make_scene
 
 EMPTY = "."  # what stands at a place with nothing on it
@@ -58,10 +66,10 @@ def make_document(seed: str, mixture: Mixture | None = None, weights: Mapping[st
         asked.insert(rng.randrange(len(asked) + 1), described)
     merged, large = rng.random() < mixture.merged, rng.random() < mixture.large
     conversation = rng.random() < mixture.conversation
-    if not conversation and not scene.is_sheet and rng.random() < mixture.notes:
+    if not conversation and rng.random() < mixture.notes:
         asked = [Question("note", "", note) for note in notes(scene, rng)] + asked
     return Document(
-        prefix=merged_prefix(scene, rng, large=large) if merged else (caption(scene, rng),),
+        prefix=merged_prefix(scene, large=large) if merged else (caption(scene, rng),),
         turns=tuple((question.text, question.answer) for question in asked),
         kinds=tuple(question.kind for question in asked),
         conversation=conversation,
@@ -69,21 +77,40 @@ def make_document(seed: str, mixture: Mixture | None = None, weights: Mapping[st
 
 
 def notes(scene: Scene, rng: random.Random) -> list[str]:
-    """What is true of each thing on a page, beginning with any of it: the shortest text that wants facts kept together.
+    """What is true of each thing, beginning with any of it: the shortest text that wants facts kept together.
 
-    A question is read before it is answered; here every next word follows from the word before it.
+    A question is read before it is answered; here every next word follows from the word before it. Of a page of a sheet
+    the notes say what is on it, and of what is on it where the page is.
     """
-    lines = []
-    for item in rng.sample(scene.items, k=len(scene.items)):
-        words = [item.size, item.colour, item.name] if item.kind == "shape" else [item.kind, item.colour, item.name]
-        words.append(place_of_item(item))
-        first = rng.choice(words)
-        lines.append(" ".join([first, *(word for word in words if word != first)]))
+    if scene.is_sheet:
+        return _sheet_notes(scene, rng)
+    lines = [
+        " ".join(_beginning_anywhere([*_words_of(item), place_of_item(item)], rng))
+        for item in rng.sample(scene.items, k=len(scene.items))
+    ]
     related = [question for question in questions(scene, rng) if question.kind == "relation"]
     for question in related[:2]:  # "Where is the star from the red circle?" "left" -> "star red circle left"
         one, other = question.text.removeprefix("Where is the ").removesuffix("?").split(" from the ")
         lines.append(f"{one} {other} {question.answer}")
     return lines
+
+
+def _sheet_notes(scene: Scene, rng: random.Random) -> list[str]:
+    lines = []
+    for number, (item,) in rng.sample(list(enumerate(scene.pages)), k=len(scene.pages)):
+        where = f"{place_of_page(number, scene.columns, scene.rows)} page"
+        content = " ".join(_beginning_anywhere(_words_of(item), rng))
+        lines.append(f"{where} {content}" if rng.random() < 0.5 else f"{content} {where}")
+    return lines
+
+
+def _words_of(item: Item) -> list[str]:
+    return [item.size if item.kind == "shape" else item.kind, item.colour, item.name]
+
+
+def _beginning_anywhere(words: list[str], rng: random.Random) -> list[str]:
+    first = rng.choice(words)
+    return [first, *(word for word in words if word != first)]
 
 
 def _with_at_most(count: int, scene: Scene, rng: random.Random) -> Scene:
@@ -95,22 +122,22 @@ def _with_at_most(count: int, scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, pages=(tuple(scene.items[index] for index in sorted(kept)),))
 
 
-def merged_prefix(scene: Scene, rng: random.Random, large: bool = False) -> tuple[str | tuple[str, ...], ...]:
+def merged_prefix(scene: Scene, large: bool = False) -> tuple[str | tuple[str, ...], ...]:
     """The layout of a picture's visual tokens, with words in their place: overview, then slices by rows.
 
-    A sheet's overview shows at most two things (the rest is too small to tell); its slices are the pages. A `large` page
-    is whole in the overview, and its slices hold what stands in the corners.
+    A sheet's overview shows every page's thing at its place in the whole, too small to read: a word or a digit has only
+    its colour there. Its slices are the pages. A `large` page is whole in the overview, and its slices hold what stands in
+    the corners.
     """
     if not scene.is_sheet and not large:
         return (*_merged_page(scene.items), "\n")
-    pages, columns, overview = scene.pages, scene.columns, scene.items
-    if scene.is_sheet:
-        overview = tuple(rng.sample([page[0] for page in pages], k=min(2, len(pages))))
-    else:
+    pages, columns = scene.pages, scene.columns
+    overview = _merged_overview(scene) if scene.is_sheet else _merged_page(scene.items)
+    if not scene.is_sheet:
         corners = [(row, column) for row in (0, 2) for column in (0, 2)]
         pages = tuple(tuple(item for item in scene.items if (item.row, item.column) == corner) for corner in corners)
         columns = 2
-    positions: list[str | tuple[str, ...]] = [*_merged_page(overview), "\n"]
+    positions: list[str | tuple[str, ...]] = [*overview, "\n"]
     for number, page in enumerate(pages):
         last = number % columns == columns - 1
         positions += [*_merged_page(page), "\n" if last else ","]
@@ -121,6 +148,17 @@ def _merged_page(items: tuple[Item, ...]) -> list[tuple[str, ...]]:
     at = {(item.row, item.column): item for item in items}
     places = [(row, column) for row in range(3) for column in range(3)]
     return [_merged_item(at[place]) if place in at else (EMPTY,) for place in places]
+
+
+def _merged_overview(scene: Scene) -> list[tuple[str, ...]]:
+    seen: dict[tuple[int, int], tuple[str, ...]] = {}
+    for number, (item,) in enumerate(scene.pages):
+        row, column = divmod(number, scene.columns)
+        cell = (row * 3 + item.row) // scene.rows, (column * 3 + item.column) // scene.columns
+        there = replace(item, kind="shape", size="small", row=cell[0], column=cell[1])
+        what = item.name if item.kind == "shape" else item.kind
+        seen[cell] = (*seen.get(cell, ()), *_merged_item(replace(there, name=what)))
+    return [seen.get((row, column), (EMPTY,)) for row in range(3) for column in range(3)]
 
 
 def _merged_item(item: Item) -> tuple[str, ...]:
