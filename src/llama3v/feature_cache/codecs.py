@@ -1,4 +1,5 @@
-"""Codecs: how the values of a record are stored. Features are bf16; `int8` and `fp8` take about half the bytes.
+"""Codecs: how the values of a record are stored. Features are bf16; `int8` and `fp8` take about half the bytes. What holds
+tiles instead of features (mode pixels) is `u8`.
 
     value = stored value x scale of its token [x scale of its channel]
 
@@ -52,6 +53,8 @@ class Codec(ABC):
     """Turns features into the bytes of a record, and back."""
 
     name: str
+    takes: ClassVar[type[np.generic]] = np.uint16
+    """What `encode` is given: the bits of finite bf16 values."""
 
     @abstractmethod
     def tensors(self, shape: Shape) -> list[StoredTensor]:
@@ -59,7 +62,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, bits: np.ndarray) -> bytes:
-        """The bytes of a record: from uint16 [n_tiles, tokens, width], the bits of finite bf16 values."""
+        """The bytes of a record: from `takes` [n_tiles, tokens, width]."""
 
     @abstractmethod
     def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
@@ -218,7 +221,30 @@ class Fp8(Scaled):
         out.copy_(bits.view(torch.bfloat16)).mul_(2.0**120)
 
 
+@dataclass(frozen=True)
+class U8(Codec):
+    """Tiles as they are: `tokens` is the number of pixels of a tile, row by row, and `width` is 3 (RGB)."""
+
+    name: str = "u8"
+    takes = np.uint8
+
+    def tensors(self, shape: Shape) -> list[StoredTensor]:
+        return [StoredTensor("", "U8", shape)]
+
+    def encode(self, bits: np.ndarray) -> bytes:
+        return bits.tobytes()
+
+    def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
+        """uint8 [n_tiles, pixels, 3]."""
+        import torch
+
+        return torch.from_numpy(data).view(shape)
+
+
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Bf16(), Int8(), Fp8())}
+"""Of features."""
+PIXELS = U8()
+ALL_CODECS = CODECS | {PIXELS.name: PIXELS}
 
 
 def codec_named(name: str | None) -> Codec:
@@ -227,9 +253,9 @@ def codec_named(name: str | None) -> Codec:
     Raises:
         CacheError: there is none.
     """
-    if name not in CODECS:
-        raise CacheError(f"codec {name!r} is unknown; this program has {', '.join(CODECS)}")
-    return CODECS[name]
+    if name not in ALL_CODECS:
+        raise CacheError(f"codec {name!r} is unknown; this program has {', '.join(ALL_CODECS)}")
+    return ALL_CODECS[name]
 
 
 def _channel_scale(rows: "torch.Tensor") -> "torch.Tensor":

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from llama3v.errors import CacheError
-from llama3v.feature_cache.codecs import CODECS, codec_named
+from llama3v.feature_cache.codecs import ALL_CODECS, codec_named
 from llama3v.model.slicing import Grid
 
 MAGIC = b"L3VIDX\r\n"  # a transfer that rewrites line ends breaks it, as it would break the rest
@@ -207,6 +207,6 @@ def unpack_index(data: bytes, shard: str, fingerprint: str) -> ShardIndex:
         raise ValueError(f"index has {len(found.rows)} rows and announces {head['records']}")
     if (found.fingerprint, found.shard) != (fingerprint, shard):
         raise ValueError(f"index belongs to shard {found.shard} of fingerprint {found.fingerprint}: it was moved here")
-    if found.codec not in CODECS:
-        raise ValueError(f"codec {found.codec!r} is unknown; this program reads {', '.join(CODECS)}")
+    if found.codec not in ALL_CODECS:
+        raise ValueError(f"codec {found.codec!r} is unknown; this program reads {', '.join(ALL_CODECS)}")
     return found

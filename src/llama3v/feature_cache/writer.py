@@ -29,7 +29,7 @@ from llama3v.feature_cache.layout import (
     write_manifest,
 )
 from llama3v.feature_cache.orphans import collect_orphans
-from llama3v.feature_cache.presence import enter_as_writer
+from llama3v.feature_cache.presence import Presence, enter_as_writer
 from llama3v.feature_cache.records import (
     Record,
     checksum_of,
@@ -77,7 +77,7 @@ class CacheWriter:
         try:
             write_manifest(self.paths, manifest)
             read_manifest(self.paths)
-            self._presence = enter_as_writer(self.paths)  # held until this object goes
+            self._presence = self._enter()
             self.collected = collect_orphans(self.paths)
             self._index.refresh()
         except OSError as error:
@@ -115,7 +115,8 @@ class CacheWriter:
         return self.add_bytes(key, stored.view(torch.uint16).numpy(), grid, name)
 
     def add_bytes(self, key: str, features: np.ndarray, grid: Grid, name: str = "") -> bool:
-        """`add` for what is already in bf16: uint16 [n_tiles, tokens, width], the bits of the values."""
+        """`add` for what is already in bf16: uint16 [n_tiles, tokens, width], the bits of the values. Or, for codec u8,
+        tiles: uint8 [n_tiles, pixels, 3]."""
         if key in self:
             return False
         record, data = _make_record(key, features, grid, name, self.codec)
@@ -174,6 +175,9 @@ class CacheWriter:
         if kind is None:
             self.close()
 
+    def _enter(self) -> Presence | None:
+        return enter_as_writer(self.paths)  # held until this object goes
+
     def _cannot_write(self, error: OSError) -> CacheError:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -216,17 +220,20 @@ def _make_record(key: str, features: np.ndarray, grid: Grid, name: str, codec: C
     """Check a record's shape and values. Its offset is not known yet."""
     key_bytes(key)
     image = f"image {key} ({name})" if name else f"image {key}"
-    if features.dtype != np.uint16 or features.ndim != 3 or 0 in features.shape:
+    if features.dtype != codec.takes or features.ndim != 3 or 0 in features.shape:
         raise CacheError(
             f"features of {image} are {features.dtype} of shape {list(features.shape)}; "
-            "expected bf16 bits (uint16) [n_tiles, tokens, width]"
+            f"expected {'tiles' if codec.takes is np.uint8 else 'bf16 bits'} ({codec.takes.__name__}) "
+            "[n_tiles, tokens, width]"
         )
     if features.shape[0] != grid.tiles:
         raise CacheError(
             f"features of {image} have {features.shape[0]} tiles, and a grid of {grid.columns} x {grid.rows} "
             f"has {grid.tiles} with the overview; give the grid that make_tiles returned"
         )
-    not_finite = int(np.count_nonzero((features & _BF16_EXPONENT) == _BF16_EXPONENT))
+    not_finite = 0
+    if codec.takes is np.uint16:
+        not_finite = int(np.count_nonzero((features & _BF16_EXPONENT) == _BF16_EXPONENT))
     if not_finite:
         raise CacheError(
             f"features of {image} have {not_finite} NaN or infinite values of {features.size}; they are not "
