@@ -306,13 +306,13 @@ def test_an_interrupt_ends_a_pass_that_finds_everything_cached(
 ) -> None:
     """Its search for a first batch to encode may be hours from its end."""
     from llama3v.data.sources.base import FileImage
-    from llama3v.feature_cache.encode import _Encoding
+    from llama3v.feature_cache.encode import EncodePass
 
     encode(config)
     folder = Path(config.data).parent
     read = []
 
-    def endless(encoding: _Encoding):
+    def endless(encoding: EncodePass):
         image = FileImage("00.png", folder)
         while True:
             read.append("image")
@@ -320,7 +320,7 @@ def test_an_interrupt_ends_a_pass_that_finds_everything_cached(
                 os.kill(os.getpid(), signal.SIGINT)
             yield "sample", image
 
-    monkeypatch.setattr(_Encoding, "_images", endless)
+    monkeypatch.setattr(EncodePass, "_images", endless)
     with pytest.raises(KeyboardInterrupt, match="run the same command"):
         encode(config)
     assert 500 <= len(read) < 100_000

@@ -25,7 +25,7 @@ from llama3v.data.ledger import Ledger
 from llama3v.data.sources import ImageRef, Rejected, Source, open_source
 from llama3v.errors import CacheError, ConfigError
 from llama3v.feature_cache.commit import publish
-from llama3v.feature_cache.layout import CachePaths, fingerprint_of, manifest_of
+from llama3v.feature_cache.layout import CachePaths, manifest_of
 from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches, one_ahead
 from llama3v.feature_cache.progress import EncodeProgress
 from llama3v.feature_cache.refs import RefsWriter
@@ -60,20 +60,43 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, after committing what was complete.
     """
     from llama3v.feature_cache.encoders.choose import require_engine
-    from llama3v.model.vision import load_tower
 
     require_engine(config.engine)
-    source = open_source(config.data, config.limit, config.part)
+    if config.ray_workers:
+        from llama3v.feature_cache.ray_adapter import encode_with_ray
+
+        return encode_with_ray(config)
+    encoding = open_pass(config, open_source(config.data, config.limit, config.part))
+    with _sigterm_as_interrupt():
+        encoding.run()
+    return finish(config, encoding.source, encoding.summary())
+
+
+def open_pass(config: EncodeConfig, source: Source, ledger: Ledger | None = None) -> "EncodePass":
+    """Load the tower and open the cache for one source. `ledger`: where to note what is left out (default: the run's).
+
+    Raises as `encode`.
+    """
+    from llama3v.model.vision import load_tower
+
     max_tiles = _max_tiles(config)
     tower = load_tower(config.vision, cut=config.cut)
     manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles, codec=config.codec)
-    paths = CachePaths(config.cache, fingerprint_of(manifest))
-    out = config.out or paths.directory / "runs" / source.name
     writer = CacheWriter(config.cache, manifest, shard_bytes=config.shard_mb << 20)
-    encoding = _Encoding(config, max_tiles, source, tower, writer, Ledger(out / "ledger.jsonl"))
-    with _sigterm_as_interrupt():
-        encoding.run()
-    summary = {"data": config.data, "source": source.digest, "vision": config.vision} | encoding.summary()
+    ledger = ledger or Ledger(out_of(config, writer.paths, source) / "ledger.jsonl")
+    return EncodePass(config, max_tiles, source, tower, writer, ledger)
+
+
+def out_of(config: EncodeConfig, paths: CachePaths, source: Source) -> Path:
+    """Directory of the summary and the ledger."""
+    return config.out or paths.directory / "runs" / source.name
+
+
+def finish(config: EncodeConfig, source: Source, summary: dict[str, Any]) -> dict[str, Any]:
+    """Complete, write and print the summary of a pass."""
+    paths = CachePaths(config.cache, summary["fingerprint"])
+    out = out_of(config, paths, source)
+    summary = {"data": config.data, "source": source.digest, "vision": config.vision} | summary
     _write_summary(out / "summary.json", summary)
     print(_in_words(summary, paths.directory, out))
     return summary
@@ -108,7 +131,7 @@ class Counts:
         return max(0.0, 1 - self.tower_seconds / working) if self.tiles else 0.0
 
 
-class _Encoding:
+class EncodePass:
     """One pass over one source."""
 
     def __init__(
@@ -138,6 +161,7 @@ class _Encoding:
 
     def run(self) -> None:
         """Encode everything. Whatever stops it, what is complete is committed."""
+        self._stopping = False
         started = time.perf_counter()
         with ThreadPoolExecutor(1, "write") as pool, self.progress:
             try:

@@ -28,6 +28,7 @@ class EncodeProgress:
         counts: read at every `update`.
         title: name of the data set.
         samples: how many there are; None where only reading to the end would tell: then they are counted up.
+        hidden: shows nothing, where another process shows the whole.
 
     Attributes:
         note: shown while it is not empty: what the pass does instead of encoding.
@@ -35,7 +36,7 @@ class EncodeProgress:
 
     note = ""
 
-    def __init__(self, counts: "Counts", title: str, samples: int | None) -> None:
+    def __init__(self, counts: "Counts", title: str, samples: int | None, hidden: bool = False) -> None:
         self._counts = counts
         self._started = time.perf_counter()
         columns: list[ProgressColumn] = [TextColumn("{task.description}"), TextColumn("{task.fields[words]}")]
@@ -44,7 +45,7 @@ class EncodeProgress:
         else:
             columns[1:1] = [BarColumn(bar_width=20)]
             columns.append(TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True, highlight=False))
+        self._progress = Progress(*columns, console=Console(stderr=True, highlight=False, quiet=hidden))
         self._task = self._progress.add_task(title, total=samples, words="")
 
     def __enter__(self) -> "EncodeProgress":
