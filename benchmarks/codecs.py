@@ -233,14 +233,16 @@ def held_out_loss(model_directory: Path, data: Path, cache: Path) -> float:
     from llama3v.model.llama3v import load_model
     from llama3v.model.prompt import Renderer
     from llama3v.train.dataset import Preparation, prepare
+    from llama3v.train.features.cached import CachedFeatures
     from llama3v.train.validation import Validation
 
     model, tokenizer = load_model(model_directory)
     with CacheReader(cache) as reader, tempfile.TemporaryDirectory() as scratch:
+        source = CachedFeatures(reader)
         preparation = Preparation(
             sources=[open_source(str(data))],
             names=[str(data)],
-            cache=reader,
+            lookup=source.lookup,
             renderer=Renderer(
                 tokenizer, model.config.prompt_format, model.tokens_per_tile, model.config.image_token_id
             ),
@@ -250,7 +252,7 @@ def held_out_loss(model_directory: Path, data: Path, cache: Path) -> float:
             encode_command=lambda name: f"llama3v encode --data {name}",
         )
         prepared = prepare(preparation, Path(scratch, "prepared"), Path(scratch, "ledger.jsonl"), keep=False)
-        return Validation(prepared, reader.read, row_tokens=256, rows_per_pass=8).measure(model)["validation_loss"]
+        return Validation(prepared, source, row_tokens=256, rows_per_pass=8).measure(model)["validation_loss"]
 
 
 def training_rows(losses: Losses, note: str) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from llama3v.errors import ConfigError
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["bf16", "int8", "fp8"]
+Mode = Literal["features", "pixels", "stream"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
 # What may stay unset: its description says what happens then, so help does not add "(default: None)".
@@ -162,8 +163,11 @@ class TrainConfig:
 
     data: Annotated[tuple[str, ...], arg(metavar="DATA...")]
     """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
-    cache: Path
-    """Root of the feature cache that `llama3v encode` filled."""
+    cache: MaybePath = None
+    """Root of the feature cache that `llama3v encode` filled (not needed in mode stream)."""
+    mode: Mode = "features"
+    """Where features come from. features: the cache. pixels: a cache of decoded tiles (`encode --mode pixels`);
+    the vision tower runs live. stream: the images; nothing is cached."""
     codec: Annotated[Codec | None, arg(help_behavior_hint="")] = None
     """Which codec to read, where the cache has these features in several (default: the one that is there)."""
     out: Path
@@ -210,6 +214,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.data) > 0, "--data is empty; name at least one data set")
+        _require(self.cache is not None or self.mode == "stream", f"mode {self.mode} needs a cache: give --cache DIR")
+        _require(self.mode == "features" or self.codec is None, f"--codec has no meaning in mode {self.mode}")
         _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; give 1 or more")
         _require(self.epochs > 0, f"--epochs is {self.epochs}; give more than 0")
         _require(

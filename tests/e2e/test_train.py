@@ -12,6 +12,7 @@ from training import losses, make_pictures
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
 from llama3v.errors import CacheError, CheckpointError, ConfigError, DataError, Llama3VError
+from llama3v.feature_cache.reader import CacheReader
 from llama3v.model.llama3v import load_model
 from llama3v.train import loop, run
 from llama3v.train.signals import StopRequest
@@ -308,9 +309,9 @@ def test_a_damaged_record_stops_the_run_and_keeps_the_steps_before(tmp_path, mon
             raise CacheError(f"record {key} is damaged")
         return real(self, key)
 
-    real = run.CacheReader.read
+    real = CacheReader.read
     with monkeypatch.context() as patch:
-        patch.setattr(run.CacheReader, "read", read)
+        patch.setattr(CacheReader, "read", read)
         with pytest.raises(CacheError, match="is damaged"):
             run.pretrain(PretrainConfig(out=tmp_path, **{**stage1_options, "checkpoint_every": 100}), console=quiet())
     assert list((tmp_path / "checkpoints").glob("step-*"))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llama3v.model.slicing import Grid
 from llama3v.train.batches import Ahead, RowPlan, assemble, make_pass
+from llama3v.train.features.base import FeatureSource
 from llama3v.train.prepared import PreparedWriter, load_prepared
 from llama3v.train.validation import shuffle_images
 
@@ -44,15 +45,20 @@ def data(tmp_path):
     )
 
 
-def read(name):
+class Features(FeatureSource):
     """Features that carry their image's key: [tiles, 1, 1]."""
-    number = int(name, 16)
-    tiles = {1: 1, 2: 3, 3: 1}[number]
-    return torch.full((tiles, 1, 1), float(number))
+
+    def features(self, keys):
+        tiles = {1: 1, 2: 3, 3: 1}
+        numbers = [int(key, 16) for key in keys]
+        return torch.cat([torch.full((tiles[number], 1, 1), float(number)) for number in numbers])
+
+
+SOURCE = Features()
 
 
 def test_assembled_rows_hold_every_token_at_its_place(data):
-    batch = assemble(data, [[2, 0], [1]], lambda name: read(name), IMAGE)
+    batch = assemble(data, [[2, 0], [1]], SOURCE, IMAGE)
     assert batch.ids.shape == (2, 16)  # 15 tokens, rounded up to 8s
     first = data.tokens[data.starts[2] : data.starts[3]]
     assert batch.ids[0, :6].tolist() == first.tolist()
@@ -65,7 +71,7 @@ def test_assembled_rows_hold_every_token_at_its_place(data):
 
 
 def test_each_position_predicts_the_next_token_of_its_own_sample(data):
-    batch = assemble(data, [[2, 0], [1]], read, IMAGE)
+    batch = assemble(data, [[2, 0], [1]], SOURCE, IMAGE)
     flat = batch.ids.flatten()
     assert torch.equal(flat[batch.predict_at + 1], batch.targets)
     assert batch.owners.tolist() == [2] * 2 + [0] * 3 + [1] * 4
@@ -74,7 +80,7 @@ def test_each_position_predicts_the_next_token_of_its_own_sample(data):
 
 
 def test_text_only_rows_have_no_features(data):
-    assert assemble(data, [[2]], read, IMAGE).features is None
+    assert assemble(data, [[2]], SOURCE, IMAGE).features is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -109,7 +115,7 @@ def test_what_a_step_takes_does_not_depend_on_the_steps_before(lengths, rows_per
 def test_passes_split_a_step_and_know_its_supervised_tokens(data, rows_per_pass, passes):
     plan = RowPlan(data.lengths.tolist(), 18, 5, rows_per_pass, seed=0)
     assert plan.passes_per_step == passes
-    parts = [make_pass(passes + number, plan, data, read, IMAGE) for number in range(passes)]
+    parts = [make_pass(passes + number, plan, data, SOURCE, IMAGE) for number in range(passes)]
     totals = {part.supervised_of_step for part in parts}
     assert totals == {sum(part.batch.supervised_tokens for part in parts)}
     owners = {int(owner) for part in parts for owner in part.batch.owners}

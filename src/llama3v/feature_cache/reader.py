@@ -21,7 +21,7 @@ import xxhash
 
 from llama3v.config import EncodeConfig
 from llama3v.errors import CacheError
-from llama3v.feature_cache.codecs import CODECS, codec_named
+from llama3v.feature_cache.codecs import CODECS, PIXELS, codec_named
 from llama3v.feature_cache.index import Index, shard_header_is_whole
 from llama3v.feature_cache.layout import (
     CachePaths,
@@ -152,8 +152,7 @@ class CacheReader:
     @property
     def _encode(self) -> str:
         """The command that fills this cache, as messages name it."""
-        codec = self.manifest.get("codec")
-        return "`llama3v encode`" if codec == EncodeConfig.codec else f"`llama3v encode --codec {codec}`"
+        return f"`llama3v encode{encode_option(str(self.manifest.get('codec')))}`"
 
     def _copies(self, key: str) -> list[Record]:
         copies = self._index.find(key)
@@ -250,6 +249,12 @@ class CacheReader:
         except CacheError as error:  # the damage is the news; that it could not be marked is told beside it
             return _DamageError(f"{reason}; {error}")
         return _DamageError(reason)
+
+
+def encode_option(codec: str) -> str:
+    """What `llama3v encode` needs beside its default options to fill a cache of this codec."""
+    options = {EncodeConfig.codec: "", PIXELS.name: " --mode pixels"}
+    return options.get(codec, f" --codec {codec}")
 
 
 def content_digest(index: Index) -> str:

@@ -4,6 +4,7 @@ A *row* holds several samples side by side. Each keeps to itself: positions rest
 block-diagonal (`attention_mask`). Padding at the end of a row is a block of its own, so nothing sees it.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama3v.data.packing import pack
+from llama3v.train.features.base import FeatureSource
 from llama3v.train.prepared import PreparedData
 
 ROUND_TO = 8  # tensor cores and attention kernels like lengths that 8 divides
@@ -70,6 +72,8 @@ class Pass:
 class RowPlan:
     """Which rows each step takes: a pure function of (seed, step). The epochs' rows follow one another without a gap.
 
+    Safe to use from threads.
+
     Args:
         lengths: tokens of every sample.
         row_tokens: length of a row.
@@ -81,6 +85,7 @@ class RowPlan:
     ) -> None:
         self._lengths, self._row_tokens, self._seed = list(lengths), row_tokens, seed
         self.rows_per_step, self.rows_per_pass = rows_per_step, min(rows_per_pass, rows_per_step)
+        self._lock = threading.RLock()
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends: list[int] = []  # rows up to the end of each epoch that has been packed so far
 
@@ -90,18 +95,20 @@ class RowPlan:
 
     def epoch(self, number: int) -> list[list[int]]:
         """The rows of one pass over the data; the two that were packed last are kept."""
-        if number not in self._epochs:
-            if len(self._epochs) > 1:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[number] = pack(self._lengths, self._row_tokens, seed=self._seed, epoch=number)
-        return self._epochs[number]
+        with self._lock:
+            if number not in self._epochs:
+                if len(self._epochs) > 1:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[number] = pack(self._lengths, self._row_tokens, seed=self._seed, epoch=number)
+            return self._epochs[number]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, row in that epoch) with which a step begins."""
         row = step * self.rows_per_step
-        while not self._ends or self._ends[-1] <= row:
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self.epoch(len(self._ends))))
+        with self._lock:
+            while not self._ends or self._ends[-1] <= row:
+                before = self._ends[-1] if self._ends else 0
+                self._ends.append(before + len(self.epoch(len(self._ends))))
         epoch = next(number for number, end in enumerate(self._ends) if row < end)
         return epoch, row - (self._ends[epoch - 1] if epoch else 0)
 
@@ -128,9 +135,7 @@ class RowPlan:
         return max(1, int(np.ceil(rows / self.rows_per_step)))
 
 
-def make_pass(
-    number: int, plan: RowPlan, data: PreparedData, read: Callable[[str], Tensor], image_token_id: int
-) -> Pass:
+def make_pass(number: int, plan: RowPlan, data: PreparedData, source: FeatureSource, image_token_id: int) -> Pass:
     """The pass of that number, counted over all steps from 0. Arguments as of `assemble`."""
     step, part = divmod(number, plan.passes_per_step)
     rows = plan.rows(step)
@@ -138,14 +143,14 @@ def make_pass(
     return Pass(
         epoch=plan.locate(step)[0],
         supervised_of_step=sum(int(data.labels[sample]) for row in rows for sample in row),
-        batch=assemble(data, some, read, image_token_id),
+        batch=assemble(data, some, source, image_token_id),
     )
 
 
 def assemble(
     data: PreparedData,
     rows: Sequence[Sequence[int]],
-    read: Callable[[str], Tensor],
+    source: FeatureSource,
     image_token_id: int,
     images_of: Mapping[int, int] | None = None,
 ) -> Batch:
@@ -153,7 +158,7 @@ def assemble(
 
     Args:
         rows: numbers of samples, per row.
-        read: key of an image -> its features [tiles, patches, width].
+        source: gives the features of the images.
         images_of: sample -> the sample whose images it gets instead of its own (validation with shuffled images).
     """
     longest = max(sum(data.length(sample) for sample in row) for row in rows)
@@ -184,7 +189,7 @@ def assemble(
         predict_at=torch.from_numpy(labelled - 1),
         targets=torch.from_numpy(ids.reshape(-1)[labelled]),
         owners=torch.from_numpy(owners.reshape(-1)[labelled]),
-        features=torch.cat([read(key) for key in keys]) if keys else None,
+        features=source.features(keys) if keys else None,
         visual_tokens=visual,
         text_tokens=int((segments > 0).sum()) - visual,
     )

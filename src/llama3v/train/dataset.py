@@ -1,38 +1,34 @@
 """From data sets to token ids: every sample is rendered once, before training (prepared.py says where it lies then).
 
-Images are not opened: the cache knows which image of the data set has which key, and the key its grid. What cannot be
-used goes to the ledger with its reason, and is never replaced by another sample.
+Images are not decoded: the cache knows which image of the data set has which key and grid, or the image's header does
+(features/). What cannot be used goes to the ledger with its reason, and is never replaced by another sample.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from llama3v.data.ledger import Ledger
-from llama3v.data.sources.base import ImageRef, Rejected, Sample, Source
-from llama3v.errors import CacheError, DataError, ImageError, PromptError
+from llama3v.data.sources.base import AddressableSource, ImageRef, Rejected, Sample, Source
+from llama3v.errors import CacheError, DataError, PromptError
+from llama3v.feature_cache.pipeline import read_ahead
 from llama3v.model.prompt import Renderer
 from llama3v.model.slicing import Grid
-from llama3v.model.tiles import image_key
+from llama3v.train.features.base import ImageLookup, NotFoundError
+from llama3v.train.locations import LocationsWriter
 from llama3v.train.prepared import PreparedData, PreparedWriter, load_prepared
 
 HOPELESS = 64
-"""Images looked up in vain, with none found, after which the cache is taken to lack the whole data set."""
+"""Images looked up in vain, with none found, after which the whole data set is taken to be absent."""
+LOOKED_UP_AHEAD = 64
+"""Samples whose images are looked up while others are rendered."""
 
-NOT_IN_CACHE = "image not in the cache"
 TOO_LONG = "longer than a row"
 NO_ANSWER = "no assistant turn, so nothing to learn"
-
-
-class Cache(Protocol):
-    """What is asked of a feature_cache.CacheReader here."""
-
-    def __contains__(self, key: str) -> bool: ...
-    def record(self, key: str) -> Any: ...
-    def key_of(self, source_digest: str, image_name: str) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,23 @@ class Preparation:
 
     Attributes:
         sources: the data sets, opened. names: as the user wrote them.
+        lookup: finds their images.
+        with_locations: whether to note where images lie.
         row_tokens: longest sample that fits.
         made_from: what the result depends on beside these: tokenizer, prompt, fingerprint of the cache.
         max_bad_ratio: largest share of the samples that may be left out.
         encode_command: data set -> the command that fills the cache with it.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[AddressableSource]
     names: Sequence[str]
-    cache: Cache
+    lookup: ImageLookup
     renderer: Renderer
     row_tokens: int
     made_from: dict[str, Any]
     max_bad_ratio: float
     encode_command: Callable[[str], str]
+    with_locations: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,27 +66,30 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
     """Render every sample into `directory`, or take what an earlier run of the same command left there.
 
     Args:
-        keep: take it even if the cache lacked some images then: a resumed run must not change its data.
+        keep: take it even if some images were not found then: a resumed run must not change its data.
 
     Raises:
-        CacheError: no image of a data set is in the cache. DataError: all samples, or too many, cannot be used.
+        CacheError: no image of a data set is found. DataError: all samples, or too many, cannot be used.
     """
-    found = load_prepared(directory, preparation.identity)
+    found = load_prepared(directory, preparation.identity, with_locations=preparation.with_locations)
     if found is not None and (keep or not found.not_in_cache):
         return found
     ledger_path.unlink(missing_ok=True)
     ledger = Ledger(ledger_path)
+    locations = LocationsWriter() if preparation.with_locations else None
     total = missing = 0
-    with PreparedWriter(directory) as writer:
-        for source, name in zip(preparation.sources, preparation.names, strict=True):
+    with PreparedWriter(directory, locations) as writer, ThreadPoolExecutor(1, "look up") as pool:
+        for number, (source, name) in enumerate(zip(preparation.sources, preparation.names, strict=True)):
             images = _Images(source, name, preparation)
-            for item in source:
+            for item, found_images in read_ahead(pool, images.of, source, LOOKED_UP_AHEAD):
                 total += 1
                 try:
-                    writer.add(*_render(item, images, preparation))
+                    writer.add(*_render(item, found_images, preparation))
                 except _LeftOutError as error:
-                    missing += error.reason == NOT_IN_CACHE
                     ledger.leave_out(item.id, error.reason, data=name, **error.detail)
+                    missing += error.not_found
+                else:
+                    _note_locations(locations, number, item, found_images)
             images.check_that_some_were_found()
         if not len(writer):
             names = ", ".join(preparation.names)
@@ -99,21 +101,26 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
 class _LeftOutError(Exception):
     """Why a sample is not used."""
 
-    def __init__(self, reason: str, **detail: Any) -> None:
+    def __init__(self, reason: str, not_found: bool = False, **detail: Any) -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.not_found, self.detail = reason, not_found, detail
+
+
+Found = list[tuple[str, Grid]] | NotFoundError
+"""(key, grid) of a sample's images; or why one of them is not to be had."""
 
 
 def _render(
-    item: Sample | Rejected, images: "_Images", preparation: Preparation
+    item: Sample | Rejected, images: Found, preparation: Preparation
 ) -> tuple[np.ndarray, np.ndarray, list[str], list[Grid]]:
     """Ids int32 [tokens], supervised uint8 [tokens], keys and grids of the images."""
     if isinstance(item, Rejected):
         raise _LeftOutError(item.reason)
-    if not any(turn.role == "assistant" for turn in item.turns):
+    if not _is_trained_on(item):
         raise _LeftOutError(NO_ANSWER)
-    found = [images.find(image) for image in item.images]
-    keys, grids = [key for key, _ in found], [grid for _, grid in found]
+    if isinstance(images, NotFoundError):
+        raise _LeftOutError(str(images), not_found=True, **images.detail)
+    keys, grids = [key for key, _ in images], [grid for _, grid in images]
     try:
         rendered = preparation.renderer.render(item.turns, grids)
     except PromptError as error:
@@ -127,35 +134,48 @@ def _render(
     return np.asarray(rendered.ids, np.int32), supervised, keys, grids
 
 
+def _is_trained_on(item: Sample | Rejected) -> TypeGuard[Sample]:
+    return isinstance(item, Sample) and any(turn.role == "assistant" for turn in item.turns)
+
+
+def _note_locations(locations: LocationsWriter | None, source: int, item: Sample | Rejected, found: Found) -> None:
+    if locations is None or not isinstance(item, Sample) or isinstance(found, NotFoundError):
+        return
+    for image, (key, _) in zip(item.images, found, strict=True):
+        locations.add(key, source, image.name)
+
+
 class _Images:
-    """Keys and grids of one source's images: by name where the encode pass noted it, else by the image's bytes."""
+    """Looks up the images of one source."""
 
     def __init__(self, source: Source, name: str, preparation: Preparation) -> None:
         self._source, self._name = source, name
-        self._cache, self._command = preparation.cache, preparation.encode_command
+        self._lookup, self._command = preparation.lookup, preparation.encode_command
         self._found = self._missing = 0
+        self._first_reason = ""
 
-    def find(self, image: ImageRef) -> tuple[str, Grid]:
-        key = self._cache.key_of(self._source.digest, image.name)
-        if key is None:
-            try:
-                key = image_key(image.read())
-            except ImageError as error:
-                raise self._missed(image=image.name, because=str(error)) from error
-        if key not in self._cache:
-            raise self._missed(image=image.name, key=key)
-        self._found += 1
-        return key, self._cache.record(key).grid
+    def of(self, item: Sample | Rejected) -> tuple[Sample | Rejected, Found]:
+        """The item with its images looked up. Runs in a thread, one item after another."""
+        try:
+            return item, [self._find(image) for image in item.images] if _is_trained_on(item) else []
+        except NotFoundError as reason:
+            return item, reason
 
     def check_that_some_were_found(self) -> None:
         if self._missing and not self._found:
             raise CacheError(
-                f"expected the images of {self._name} in the cache, found none of the first {self._missing}; "
-                f"run: {self._command(self._name)}"
+                f"expected the images of {self._name}, found none of the first {self._missing} "
+                f"({self._first_reason}); {self._lookup.advice(self._command(self._name))}"
             )
 
-    def _missed(self, **detail: Any) -> _LeftOutError:
-        self._missing += 1
-        if self._missing >= HOPELESS:
-            self.check_that_some_were_found()
-        return _LeftOutError(NOT_IN_CACHE, **detail)
+    def _find(self, image: ImageRef) -> tuple[str, Grid]:
+        try:
+            found = self._lookup.find(self._source.digest, image)
+        except NotFoundError as reason:
+            self._missing += 1
+            self._first_reason = self._first_reason or f"{image.name}: {reason.detail.get('because', reason)}"
+            if self._missing >= HOPELESS:
+                self.check_that_some_were_found()
+            raise
+        self._found += 1
+        return found

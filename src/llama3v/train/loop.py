@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama3v.errors import CacheError, ConfigError
+from llama3v.errors import CacheError, ConfigError, DataError
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.train.batches import Ahead, Batch, Pass, attention_mask
 from llama3v.train.checkpoint import (
@@ -25,6 +25,7 @@ from llama3v.train.checkpoint import (
     restore_optimizer,
     restore_weights,
 )
+from llama3v.train.features.base import FeatureSource, StoppedError
 from llama3v.train.loss import supervised_loss
 from llama3v.train.meter import COUNTED, Meter, MetricsLog, ProgressLine
 from llama3v.train.signals import StopRequest
@@ -61,6 +62,7 @@ class Loop:
 
     Attributes:
         make: number of a pass -> its rows (batches.make_pass).
+        source: where their features come from.
         state: what every checkpoint stores beside the progress (see run.py).
         validate: measures, and returns its part of a metrics line; None where there is nothing to measure on.
     """
@@ -69,6 +71,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     make: Callable[[int], Pass]
+    source: FeatureSource
     meter: Meter
     metrics: MetricsLog
     checkpoints: Checkpoints
@@ -89,13 +92,17 @@ class Loop:
                 if stop.requested:
                     self.save()
                     return False
-                record = self._step_or_save(ahead)
+                try:
+                    record = self._step_or_save(ahead)
+                except StoppedError:  # asked for while a step waited for features
+                    continue
                 self.metrics.append(record)
                 line.show(record)
                 self._measure_if_due()
                 if self.progress.step % self.schedule.checkpoint_every == 0 or self.progress.step == last:
                     self.save()
         finally:
+            self.source.stop()
             ahead.close()
         return True
 
@@ -113,6 +120,7 @@ class Loop:
         }
         self.checkpoints.save(self.progress.step, state, dict(self.trained), optimizer_tensors(self.optimizer))
         self._saved_at = self.progress.step
+        self.source.checkpointed(self.progress.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
@@ -123,9 +131,12 @@ class Loop:
         self._saved_at = self.progress.step
 
     def _step_or_save(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
+        before = random_state()
         try:
             return self._one_step(ahead)
-        except CacheError:  # a record that cannot be read: keep the work of the steps before it
+        except (CacheError, DataError, StoppedError):  # no features: keep the work of the steps before
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(before)  # passes of this step may have drawn from it
             self.save()
             raise
 

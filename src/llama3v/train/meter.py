@@ -127,6 +127,7 @@ class ProgressLine:
     def __init__(self, console: Console, title: str, steps: int, done: int, priced: bool) -> None:
         self._console, self._title, self._steps, self._priced = console, title, steps, priced
         self._every = max(1, steps // self.PLAIN_LINES)
+        self._noted = ""
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -151,6 +152,14 @@ class ProgressLine:
         self._progress.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and (step % self._every == 0 or step in (1, self._steps)):
             self._console.print(f"{self._title} {step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """What the run does at the moment instead of a step; empty where that is over. May be called in a thread."""
+        if text:
+            self._progress.update(self._task, text=text)
+            if not self._console.is_terminal and text != self._noted:
+                self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True, markup=False)
+        self._noted = text
 
     def say(self, text: str) -> None:
         """A lasting line above the live one."""

@@ -5,6 +5,7 @@
       supervised.bin    uint8, 1 where a token has loss
       index.safetensors starts [samples + 1], image_starts [samples + 1], labels [samples] (tokens with loss),
                         keys [images, 32] (hexadecimal digits), grids [images, 2]
+      locations.safetensors  only in modes that read images while they train (locations.py)
       prepared.json     what it was made from, and the digest of the three files
 
 Memory stays flat: what is held is a few numbers per sample.
@@ -23,6 +24,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from llama3v.model.slicing import Grid
+from llama3v.train.locations import LOCATIONS, Locations, LocationsWriter
 
 FORMAT = 1
 TOKENS, SUPERVISED, INDEX, DESCRIPTION = "tokens.bin", "supervised.bin", "index.safetensors", "prepared.json"
@@ -37,7 +39,8 @@ class PreparedData:
         made_from: what the data is a function of, in words.
         digest: hash of all that training reads.
         left_out: samples of the sources that are not here; the ledger has the reasons.
-        not_in_cache: of them, those that lacked an image in the cache.
+        not_in_cache: of them, those of which an image was not found.
+        locations: where the images lie, if that was noted.
     """
 
     tokens: np.ndarray
@@ -51,6 +54,7 @@ class PreparedData:
     digest: str
     left_out: int
     not_in_cache: int
+    locations: Locations | None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -78,8 +82,9 @@ class PreparedData:
 class PreparedWriter:
     """Writes prepared data beside its place; `commit` moves it there when it is complete."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, locations: LocationsWriter | None = None) -> None:
         self.directory = directory
+        self.locations = locations
         self._temporary = directory.with_name(f".preparing-{directory.name}")
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
@@ -123,6 +128,8 @@ class PreparedWriter:
             "grids": np.asarray(self._grids, np.int32).reshape(-1, 2),
         }
         save_file(arrays, self._temporary / INDEX)
+        if self.locations is not None:
+            self.locations.save(self._temporary)
         description = {
             "format": FORMAT,
             "samples": len(self),
@@ -130,25 +137,32 @@ class PreparedWriter:
             "left_out": left_out,
             "not_in_cache": not_in_cache,
             "digest": digest_of(self._temporary),
+            "locations": _locations_digest(self._temporary),
         }
         (self._temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
         shutil.rmtree(self.directory, ignore_errors=True)
         self._temporary.rename(self.directory)
-        found = load_prepared(self.directory, made_from)
+        found = load_prepared(self.directory, made_from, with_locations=self.locations is not None)
         assert found is not None, "what was just written loads"
         return found
 
 
-def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | None:
+def load_prepared(directory: Path, made_from: dict[str, Any], *, with_locations: bool = False) -> PreparedData | None:
     """The data in `directory`, or None where there is none, it was made from something else, or is damaged.
 
     It is a by-product of sources and cache, so what is damaged is not an error: it is made again.
+
+    Args:
+        with_locations: data without them are as good as none.
     """
     try:
         description = json.loads((directory / DESCRIPTION).read_text())
         if (description["format"], description["made_from"]) != (FORMAT, made_from):
             return None
         if description["digest"] != digest_of(directory):
+            return None
+        locations = _locations_digest(directory)
+        if with_locations and (not locations or description.get("locations") != locations):
             return None
         return PreparedData(
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
@@ -157,6 +171,7 @@ def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | 
             digest=description["digest"],
             left_out=description["left_out"],
             not_in_cache=description["not_in_cache"],
+            locations=Locations(directory) if with_locations else None,
             **load_file(directory / INDEX),
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -164,9 +179,17 @@ def load_prepared(directory: Path, made_from: dict[str, Any]) -> PreparedData | 
 
 
 def digest_of(directory: Path) -> str:
-    """xxh3_128 over all that training reads. Raises OSError where a file is missing."""
+    """xxh3_128 over all that decides the losses. Raises OSError where a file is missing."""
+    return _digest(directory, (TOKENS, SUPERVISED, INDEX))
+
+
+def _locations_digest(directory: Path) -> str:
+    return _digest(directory, (LOCATIONS,)) if (directory / LOCATIONS).exists() else ""
+
+
+def _digest(directory: Path, names: tuple[str, ...]) -> str:
     digest = xxhash.xxh3_128()
-    for name in (TOKENS, SUPERVISED, INDEX):
+    for name in names:
         with (directory / name).open("rb") as file:
             while block := file.read(16 * 2**20):
                 digest.update(block)

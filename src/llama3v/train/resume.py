@@ -15,11 +15,11 @@ from llama3v.config import TrainConfig
 from llama3v.errors import CheckpointError
 
 # Options that may change between two parts of a run: they say where things lie, what is measured and how the work is
-# cut up, not what is computed. (rows_per_pass changes the last bits of a sum, and nothing else.)
+# cut up, not what is computed. (rows_per_pass changes the last bits of a sum, and nothing else; so may another mode.)
 FREE = frozenset(
     {
         *("out", "cache", "dollars_per_hour", "checkpoint_every", "keep_checkpoints", "max_bad_ratio"),
-        *("rows_per_pass", "validation", "validate_every", "validation_samples"),
+        *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode"),
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +11,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llama3v.config import EncodeConfig, PretrainConfig, SftConfig, TrainConfig
+from llama3v.config import PretrainConfig, SftConfig, TrainConfig
 from llama3v.data.packing import fill
-from llama3v.data.sources import open_source
 from llama3v.errors import CheckpointError
-from llama3v.feature_cache.layout import manifest_of
-from llama3v.feature_cache.reader import CacheReader
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, build_model, load_model, save_model
-from llama3v.model.prompt import Renderer
 from llama3v.train import curves, stages
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
-from llama3v.train.dataset import Preparation, prepare
+from llama3v.train.inputs import open_inputs
 from llama3v.train.loop import Loop, Schedule, set_modes
 from llama3v.train.meter import Meter, MetricsLog, ProgressLine, trim_metrics
 from llama3v.train.prepared import PreparedData
@@ -41,7 +35,6 @@ from llama3v.train.resume import (
 )
 from llama3v.train.signals import StopRequest
 from llama3v.train.summary import finished_run, summarise
-from llama3v.train.validation import Validation
 
 BETAS = (0.9, 0.95)  # as Llama was trained (arXiv 2302.13971, section 2.3)
 
@@ -100,11 +93,6 @@ class _Stage:
     def title(self) -> str:
         return self.name if self.name == "pretrain" else f"sft, policy {self.policy}"
 
-    def encode_command(self, data: str, codec: str) -> str:
-        words = ["llama3v", "encode", "--data", data, *self.encode_options, "--cache", str(self.config.cache)]
-        words += [] if codec == EncodeConfig.codec else ["--codec", codec]
-        return shlex.join(words)
-
 
 def _run(stage: _Stage, console: Console) -> dict[str, Any]:
     config = stage.config
@@ -122,7 +110,8 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
     groups, lines = _choose_what_trains(stage, model)
     console.print(stages.as_table(lines, f"What trains: {stage.title}"))
     checkpoint = _checkpoints(config).load(lambda text: _say(console, text))
-    data, validation, read = _open_data(stage, model, tokenizer, checkpoint)
+    inputs = open_inputs(config, model, tokenizer, checkpoint, stage.encode_options)
+    data, validation = inputs.data, inputs.validation
     plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed)
     steps = config.steps or plan.steps_for(config.epochs)
     state = {
@@ -144,7 +133,8 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
         model=model,
         optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=True),
         schedule=_schedule(config, plan, steps),
-        make=lambda number: make_pass(number, plan, data, read, model.config.image_token_id),
+        make=lambda number: make_pass(number, plan, data, inputs.source, model.config.image_token_id),
+        source=inputs.source,
         meter=meter,
         metrics=metrics,
         checkpoints=_checkpoints(config),
@@ -156,6 +146,8 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
         checkpoint = None  # its tensors are copied: let the memory go
     priced, done = config.dollars_per_hour > 0, False
     with StopRequest() as stop, ProgressLine(console, stage.name, steps, loop.progress.step, priced=priced) as line:
+        stop.then(inputs.source.stop)
+        inputs.source.report_waiting(line.note)
         try:
             done = loop.run(line, stop)
         finally:
@@ -182,57 +174,6 @@ def _choose_what_trains(stage: _Stage, model: Model) -> tuple[list[dict[str, Any
 
 def _checkpoints(config: TrainConfig) -> Checkpoints:
     return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
-
-
-def _open_data(
-    stage: _Stage, model: Model, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None
-) -> tuple[PreparedData, Validation | None, Callable[[str], Tensor]]:
-    """The samples to train on, those to validate with, and the function that reads an image's features."""
-    config, vision = stage.config, model.vision
-    manifest = manifest_of(
-        vision.fingerprint(), tile_size=vision.tile_size, max_tiles=model.config.max_tiles, codec=config.codec
-    )
-    cache = CacheReader(config.cache, manifest=manifest)
-    training = _preparation(stage, model, tokenizer, cache, config.data, config.limit)
-    keep = checkpoint is not None
-    if checkpoint is not None:  # before anything in `out` is touched
-        before = checkpoint.state["identity"]["made_from"]
-        refuse_drift({"made_from": before}, {"made_from": training.identity}, config.out)
-    data = prepare(training, config.out / "prepared" / "training", config.out / "ledger.jsonl", keep=keep)
-    if config.validation is None:
-        return data, None, cache.read
-    held_out = _preparation(stage, model, tokenizer, cache, (config.validation,), config.validation_samples)
-    ledger = config.out / "ledger-validation.jsonl"
-    prepared = prepare(held_out, config.out / "prepared" / "validation", ledger, keep=keep)
-    bf16 = config.precision == "bf16"
-    return data, Validation(prepared, cache.read, config.row_tokens, config.rows_per_pass, bf16), cache.read
-
-
-def _preparation(
-    stage: _Stage,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: CacheReader,
-    names: tuple[str, ...],
-    limit: int | None,
-) -> Preparation:
-    tokens, prompt_format = model.tokens_per_tile, model.config.prompt_format
-    return Preparation(
-        sources=[open_source(name, limit) for name in names],
-        names=names,
-        cache=cache,
-        renderer=Renderer(tokenizer, prompt_format, tokens, model.config.image_token_id),
-        row_tokens=stage.config.row_tokens,
-        made_from={
-            "tokenizer": tokenizer_digest(tokenizer),
-            "prompt_format": prompt_format,
-            "tokens_per_tile": tokens,
-            "cache": cache.fingerprint,
-            "limit": limit,
-        },
-        max_bad_ratio=stage.config.max_bad_ratio,
-        encode_command=lambda data: stage.encode_command(data, cache.manifest["codec"]),
-    )
 
 
 def _identity(

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._action: Callable[[], None] | None = None
+
+    def then(self, action: Callable[[], None]) -> None:
+        """What to do at once when the stop is asked for. It runs inside a signal handler, so it must take no lock."""
+        self._action = action
 
     @property
     def exit_code(self) -> int:
@@ -34,6 +40,8 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
         self._restore()
+        if self._action is not None:
+            self._action()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -4,7 +4,6 @@ The gap between the two is what the images tell the model: a model that only kno
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from llama3v.data.packing import pack
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.train.batches import assemble
+from llama3v.train.features.base import FeatureSource
 from llama3v.train.loop import autocast, head_of, hidden_states, set_modes
 from llama3v.train.loss import losses_of
 from llama3v.train.prepared import PreparedData
@@ -24,7 +24,7 @@ class Validation:
     """Held-out samples and how to measure on them."""
 
     data: PreparedData
-    read: Callable[[str], Tensor]
+    source: FeatureSource
     row_tokens: int
     rows_per_pass: int
     bf16: bool = False
@@ -72,7 +72,7 @@ class Validation:
         rows = pack(self.data.lengths.tolist(), self.row_tokens, seed=0, epoch=0)
         for first in range(0, len(rows), self.rows_per_pass):
             some = rows[first : first + self.rows_per_pass]
-            batch = assemble(self.data, some, self.read, model.config.image_token_id, images_of)
+            batch = assemble(self.data, some, self.source, model.config.image_token_id, images_of)
             on_device = batch.to(device)
             with autocast(device, self.bf16):
                 found = losses_of(hidden_states(model, on_device), on_device.targets, head_of(model))

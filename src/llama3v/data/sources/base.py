@@ -83,6 +83,10 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Sample | Rejected]: ...
 
+
+class AddressableSource(Source, Protocol):
+    """A data set whose images can also be had in any order: what `open_source` gives."""
+
     def image(self, name: str) -> ImageRef:
         """The image that a sample had under this name, without looking through the samples for it.
 
@@ -90,7 +94,7 @@ class Source(Protocol):
         """
 
 
-def open_source(spec: str, limit: int | None = None, part: str | None = None) -> Source:
+def open_source(spec: str, limit: int | None = None, part: str | None = None) -> AddressableSource:
     """The data set that `spec` names: a LLaVA JSON or JSONL file, a parquet file or a directory of them, or
     a folder of images. `limit` keeps the first N rows, `part` ("2/8") every eighth of these from the second on.
     Raises DataError where there is no such thing.
@@ -105,7 +109,7 @@ def open_source(spec: str, limit: int | None = None, part: str | None = None) ->
     path = Path(spec).expanduser()
     if not path.exists():
         raise DataError(f"{spec}: no such file or folder")
-    source: Source
+    source: AddressableSource
     if path.is_dir():
         source = ParquetSource(path) if next(path.rglob("*.parquet"), None) else FolderSource(path)
     elif path.suffix.lower() == ".parquet":
@@ -128,7 +132,7 @@ def open_source(spec: str, limit: int | None = None, part: str | None = None) ->
 class _FirstRows:
     """The first rows of a source. The digest stays that of the whole: names and images are the same."""
 
-    source: Source
+    source: AddressableSource
     limit: int
 
     @property
@@ -150,7 +154,7 @@ class _FirstRows:
 class _Part:
     """Every `of`-th row of a source, from row `number` (1...of) on. The digest stays that of the whole."""
 
-    source: Source
+    source: AddressableSource
     number: int
     of: int
 

@@ -1,0 +1,138 @@
+"""What a run reads: the prepared samples to train on and to validate with, and the source of their images' features."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llama3v.config import TrainConfig
+from llama3v.data.sources.base import AddressableSource, open_source
+from llama3v.feature_cache.layout import fingerprint_of, manifest_of
+from llama3v.feature_cache.reader import CacheReader
+from llama3v.model.llama3v import Llama3VForConditionalGeneration
+from llama3v.model.prompt import Renderer
+from llama3v.train.checkpoint import Checkpoint
+from llama3v.train.dataset import Preparation, prepare
+from llama3v.train.features.base import FeatureSource
+from llama3v.train.features.cached import CachedFeatures
+from llama3v.train.features.live import LiveTrunk
+from llama3v.train.features.pixels import PixelFeatures
+from llama3v.train.features.streamed import StreamedFeatures
+from llama3v.train.locations import locate_in
+from llama3v.train.prepared import PreparedData
+from llama3v.train.resume import refuse_drift, tokenizer_digest
+from llama3v.train.validation import Validation
+
+Model = Llama3VForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """See above; `validation` is None where there is nothing to validate with."""
+
+    data: PreparedData
+    validation: Validation | None
+    source: FeatureSource
+
+
+def open_inputs(
+    config: TrainConfig,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint | None,
+    encode_options: Sequence[str],
+) -> Inputs:
+    """Prepare the data, or take what an earlier part of the run prepared.
+
+    Args:
+        model: still on the CPU, in fp32.
+        checkpoint: of the run that is continued: with other data it is refused.
+        encode_options: with which `llama3v encode` runs this model's tower, for messages.
+
+    Raises what `open_source`, `prepare` and `open_features` do; CheckpointError.
+    """
+    source = open_features(config, model)
+    training = _preparation(config, model, tokenizer, source, config.data, config.limit, encode_options)
+    keep = checkpoint is not None
+    if checkpoint is not None:  # before anything in `out` is touched
+        before = checkpoint.state["identity"]["made_from"]
+        refuse_drift({"made_from": before}, {"made_from": training.identity}, config.out)
+    prepared = [
+        (prepare(training, config.out / "prepared" / "training", config.out / "ledger.jsonl", keep=keep), training)
+    ]
+    if config.validation is not None:
+        held_out = _preparation(
+            config, model, tokenizer, source, (config.validation,), config.validation_samples, encode_options
+        )
+        ledger = config.out / "ledger-validation.jsonl"
+        prepared.append((prepare(held_out, config.out / "prepared" / "validation", ledger, keep=keep), held_out))
+    if source.needs_files:
+        source.open_files(
+            locate_in([(data.locations, made.sources, made.names) for data, made in prepared if data.locations])
+        )
+    validation = None
+    if config.validation is not None:
+        bf16 = config.precision == "bf16"
+        validation = Validation(prepared[1][0], source, config.row_tokens, config.rows_per_pass, bf16)
+    return Inputs(prepared[0][0], validation, source)
+
+
+def open_features(config: TrainConfig, model: Model) -> FeatureSource:
+    """The source of features that `--mode` asks for.
+
+    Raises:
+        CacheError: the cache is not there, foreign or damaged.
+    """
+    vision, max_tiles = model.vision, model.config.max_tiles
+    cut = {"tile_size": vision.tile_size, "max_tiles": max_tiles}
+    if config.mode == "features":
+        assert config.cache is not None, "the config was validated"
+        return CachedFeatures(
+            CacheReader(config.cache, manifest=manifest_of(vision.fingerprint(), **cut, codec=config.codec))
+        )
+    fingerprint = fingerprint_of(
+        manifest_of(vision.fingerprint(), **cut, codec="bf16")
+    )  # to which live ones are rounded
+    if config.mode == "pixels":
+        assert config.cache is not None, "the config was validated"
+        tiles = CacheReader(config.cache, manifest=manifest_of({}, **cut, codec="u8"))
+        return PixelFeatures(tiles, LiveTrunk(vision, config.precision), vision.tile_size, fingerprint)
+    return StreamedFeatures(LiveTrunk(vision, config.precision), vision.tile_size, max_tiles, fingerprint)
+
+
+def encode_command(config: TrainConfig, data: str, encode_options: Sequence[str]) -> str:
+    """The command that fills the cache with a data set for this run."""
+    return shlex.join(["llama3v", "encode", "--data", data, *encode_options, "--cache", str(config.cache)])
+
+
+def _preparation(
+    config: TrainConfig,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    source: FeatureSource,
+    names: tuple[str, ...],
+    limit: int | None,
+    encode_options: Sequence[str],
+) -> Preparation:
+    tokens, prompt_format = model.tokens_per_tile, model.config.prompt_format
+    sources: list[AddressableSource] = [open_source(name, limit) for name in names]
+    made_from: dict[str, Any] = {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompt_format": prompt_format,
+        "tokens_per_tile": tokens,
+        "cache": source.fingerprint,
+        "limit": limit,
+    }
+    return Preparation(
+        sources=sources,
+        names=names,
+        lookup=source.lookup,
+        renderer=Renderer(tokenizer, prompt_format, tokens, model.config.image_token_id),
+        row_tokens=config.row_tokens,
+        made_from=made_from,
+        max_bad_ratio=config.max_bad_ratio,
+        encode_command=lambda data: encode_command(config, data, encode_options),
+        with_locations=source.needs_files,
+    )
