@@ -24,6 +24,7 @@ from llama3v.config import EncodeConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources import ImageRef, Rejected, Source, open_source
 from llama3v.errors import CacheError, ConfigError
+from llama3v.feature_cache.codecs import PIXELS
 from llama3v.feature_cache.commit import publish
 from llama3v.feature_cache.layout import CachePaths, manifest_of
 from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches, one_ahead
@@ -67,7 +68,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
         return encode_with_ray(config)
     encoding = open_pass(config, open_source(config.data, config.limit, config.part))
-    with _sigterm_as_interrupt():
+    with encoding.writer, _sigterm_as_interrupt():
         encoding.run()
     return finish(config, encoding.source, encoding.summary())
 
@@ -81,7 +82,13 @@ def open_pass(config: EncodeConfig, source: Source, ledger: Ledger | None = None
 
     max_tiles = _max_tiles(config)
     tower = load_tower(config.vision, cut=config.cut)
-    manifest = manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=max_tiles, codec=config.codec)
+    pixels = config.mode == "pixels"
+    manifest = manifest_of(
+        {} if pixels else tower.fingerprint(),
+        tile_size=tower.tile_size,
+        max_tiles=max_tiles,
+        codec=PIXELS.name if pixels else config.codec,
+    )
     writer = CacheWriter(config.cache, manifest, shard_bytes=config.shard_mb << 20)
     ledger = ledger or Ledger(out_of(config, writer.paths, source) / "ledger.jsonl")
     return EncodePass(config, max_tiles, source, tower, writer, ledger)
@@ -126,9 +133,9 @@ class Counts:
         return self.tiles / max(seconds - self.opening_seconds, 1e-9)
 
     def wait_share(self, seconds: float) -> float:
-        """Share of that time in which the tower did not compute; 0 where it had nothing to do."""
+        """Share of that time in which the tower did not compute; 0 where it had nothing to do, as in mode pixels."""
         working = max(seconds - self.opening_seconds, 1e-9)
-        return max(0.0, 1 - self.tower_seconds / working) if self.tiles else 0.0
+        return max(0.0, 1 - self.tower_seconds / working) if self.tower_seconds else 0.0
 
 
 class EncodePass:
@@ -201,7 +208,7 @@ class EncodePass:
             "engine": self.encoder.name if self.encoder else None,
             "device": self.encoder.device if self.encoder else None,
             "precision": self.encoder.precision if self.encoder else None,
-            "codec": self.config.codec,
+            "codec": self.writer.codec.name,
             "shards_set_aside": dict(self.writer.set_aside),
         }
 
@@ -274,12 +281,17 @@ class EncodePass:
             self.encoder = self._open_encoder()
         started = time.perf_counter()
         features = self.encoder.encode(batch.tiles)
-        self.counts.tower_seconds += time.perf_counter() - started
+        if self.config.mode == "features":
+            self.counts.tower_seconds += time.perf_counter() - started
         return features
 
     def _open_encoder(self) -> "TrunkEncoder":
         from llama3v.feature_cache.encoders.choose import open_encoder
+        from llama3v.feature_cache.encoders.pixels import PixelEncoder
 
+        if self.config.mode == "pixels":
+            assert self.tower is not None, "it says how large tiles are"
+            return PixelEncoder(self.tower)
         started = time.perf_counter()
         self.progress.note = "preparing the engine"
         self.progress.update()

@@ -94,7 +94,7 @@ class CacheWriter:
         return len(self._index)
 
     def add(self, key: str, features: "torch.Tensor", grid: Grid, name: str = "") -> bool:
-        """Add the features of one image; commit if the shard is full.
+        """Add the features of one image; commit if the shard is full. (For codec u8 its tiles: uint8.)
 
         Args:
             key: `image_key` of the image's bytes.
@@ -111,6 +111,8 @@ class CacheWriter:
         """
         import torch
 
+        if self.codec.takes is np.uint8:
+            return self.add_bytes(key, features.cpu().numpy(), grid, name)
         stored = features.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
         return self.add_bytes(key, stored.view(torch.uint16).numpy(), grid, name)
 
@@ -163,8 +165,9 @@ class CacheWriter:
         return written
 
     def close(self) -> None:
-        """Commit what is pending."""
+        """Commit what is pending, and let a prune begin."""
         self.commit()
+        self._presence.leave()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -174,9 +177,10 @@ class CacheWriter:
     ) -> None:
         if kind is None:
             self.close()
+        self._presence.leave()
 
     def _enter(self) -> Presence | None:
-        return enter_as_writer(self.paths)  # held until this object goes
+        return enter_as_writer(self.paths)  # until `close`, or until this object goes
 
     def _cannot_write(self, error: OSError) -> CacheError:
         reason = error.strerror or str(error)
