@@ -167,7 +167,7 @@ class CacheWriter:
     def close(self) -> None:
         """Commit what is pending, and let a prune begin."""
         self.commit()
-        self._presence.leave()
+        self._leave()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -177,10 +177,14 @@ class CacheWriter:
     ) -> None:
         if kind is None:
             self.close()
-        self._presence.leave()
+        self._leave()
 
     def _enter(self) -> Presence | None:
         return enter_as_writer(self.paths)  # until `close`, or until this object goes
+
+    def _leave(self) -> None:
+        if self._presence is not None:
+            self._presence.leave()
 
     def _cannot_write(self, error: OSError) -> CacheError:
         reason = error.strerror or str(error)
