@@ -75,6 +75,9 @@ class EncodeConfig:
     out: MaybePath = None
     """Directory for summary.json and the ledger of what was left out (default:
     <cache>/<fingerprint>/runs/<data name>)."""
+    mode: Literal["features", "pixels"] = "features"
+    """What is cached. features: what the tower computes. pixels: the decoded tiles, for any tower of this tile
+    size; training with --mode pixels then runs the tower live."""
     cut: MaybeInt = None
     """Layer whose output is cached; layers after it are the top, which training can change (default: the
     last that is computed)."""
@@ -103,6 +106,10 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_tiles >= 0, f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more")
+        _require(
+            self.mode == "features" or self.codec == "bf16",
+            f"--codec {self.codec} is for features; mode {self.mode} stores tiles as they are: leave it away",
+        )
         _require(self.batch_tiles >= 1, f"--batch-tiles is {self.batch_tiles}; give 1 or more")
         _require(
             self.part is None or _is_part(self.part),

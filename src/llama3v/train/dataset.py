@@ -141,8 +141,8 @@ def _is_trained_on(item: Sample | Rejected) -> TypeGuard[Sample]:
 def _note_locations(locations: LocationsWriter | None, source: int, item: Sample | Rejected, found: Found) -> None:
     if locations is None or not isinstance(item, Sample) or isinstance(found, NotFoundError):
         return
-    for image, (key, _) in zip(item.images, found, strict=True):
-        locations.add(key, source, image.name)
+    for image, (key, grid) in zip(item.images, found, strict=True):
+        locations.add(key, source, image.name, grid)
 
 
 class _Images:

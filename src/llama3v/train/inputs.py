@@ -99,7 +99,9 @@ def open_features(config: TrainConfig, model: Model) -> FeatureSource:
         assert config.cache is not None, "the config was validated"
         tiles = CacheReader(config.cache, manifest=manifest_of({}, **cut, codec="u8"))
         return PixelFeatures(tiles, LiveTrunk(vision, config.precision), vision.tile_size, fingerprint)
-    return StreamedFeatures(LiveTrunk(vision, config.precision), vision.tile_size, max_tiles, fingerprint)
+    return StreamedFeatures(
+        LiveTrunk(vision, config.precision), config.out / "broken-images.jsonl", **cut, fingerprint=fingerprint
+    )
 
 
 def encode_command(config: TrainConfig, data: str, encode_options: Sequence[str]) -> str:

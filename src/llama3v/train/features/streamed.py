@@ -3,16 +3,18 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from pathlib import Path
 
 from torch import Tensor
 
 from llama3v.data.sources.base import BytesImage, ImageRef
 from llama3v.errors import DataError, ImageError
-from llama3v.feature_cache.pipeline import Picture, Preparer, Unreadable
+from llama3v.feature_cache.pipeline import Picture, Preparer
 from llama3v.model.headers import grid_in_header
 from llama3v.model.slicing import Grid
 from llama3v.model.tiles import image_key
 from llama3v.train.features.base import FeatureSource, NotFoundError
+from llama3v.train.features.broken import BrokenImages, checked
 from llama3v.train.features.live import LiveTrunk, once
 from llama3v.train.locations import Locate
 
@@ -47,9 +49,10 @@ class StreamedFeatures(FeatureSource):
 
     needs_files = True
 
-    def __init__(self, trunk: LiveTrunk, tile_size: int, max_tiles: int, fingerprint: str) -> None:
+    def __init__(self, trunk: LiveTrunk, broken: Path, *, tile_size: int, max_tiles: int, fingerprint: str) -> None:
+        """`broken`: the file of the run that says which images turned out to be broken."""
         self.lookup, self.fingerprint = ImageHeaders(tile_size, max_tiles), fingerprint
-        self._trunk = trunk
+        self._trunk, self._broken = trunk, BrokenImages(broken)
         workers = min(8, os.cpu_count() or 1)
         self._preparer = Preparer(lambda key: False, tile_size, max_tiles, depth=4 * workers, workers=workers)
 
@@ -61,18 +64,10 @@ class StreamedFeatures(FeatureSource):
             return self._trunk.features(keys, pictures)
 
     def _pictures(self, keys: Sequence[str]) -> Generator[Picture, None, None]:
-        outcomes = self._preparer.outcomes((key, self._locate(key)[1]) for key in keys)
+        outcomes = self._preparer.outcomes((key, self._locate(key).image) for key in keys)
         for key, outcome in zip(keys, outcomes, strict=True):
-            if not isinstance(outcome, Picture) or outcome.key != key:
-                reason = outcome.reason if isinstance(outcome, Unreadable) else "it is another image by now"
-                raise cannot_use(self._locate(key)[0], outcome.name, reason)
-            yield outcome
-
-
-def cannot_use(data: str, name: str, reason: str) -> DataError:
-    """The error for an image that only shows while training that it is broken or was changed."""
-    return DataError(
-        f"image {name} of {data} was fit to be used when the run was planned, by its header, and now: {reason}. It is "
-        "not replaced by another: put the right file in its place and run the same command to resume. `llama3v encode "
-        f"--mode pixels --data {data}` finds all such images beforehand; with --mode pixels or features they are left out"
-    )
+            place = self._locate(key)
+            found = checked(outcome, key, place.grid, was_broken=key in self._broken)
+            if isinstance(found, str):
+                raise self._broken.note(key, place.data, place.image.name, found)
+            yield found
