@@ -68,7 +68,7 @@ def main() -> None:
     try:
         rows = read_rows(work, shape, options)
         rows += memory_rows(work, shape, options)
-        rows += cache_faults.rows(work, options.flips, times=(2,) if options.quick else (1, 2, 3))
+        rows += cache_faults.rows(work, options.flips, options.quick)
     finally:
         shutil.rmtree(work)
     write_results(options.json, rows, packages=("numpy", "xxhash", *cache_peers.PACKAGES))

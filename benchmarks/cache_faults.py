@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.common import row
 
@@ -34,20 +35,21 @@ PRUNE_POINTS = [
 ]
 
 
-def rows(work: Path, flips: int, times: Sequence[int] = (1, 2, 3)) -> list[dict[str, Any]]:
+def rows(work: Path, flips: int, quick: bool = False) -> list[dict[str, Any]]:
     """The counts as rows: `ours` is what went wrong, of `limit` faults."""
+    times, step = ((2,), 5) if quick else ((1, 2, 3), 1)
     return [
-        *_kill_rows("commit", sweep_commits(work / "kills", times)),
-        *_kill_rows("prune", sweep_prunes(work / "prunes", times)),
+        *_kill_rows("commit", sweep_commits(work / "kills", WRITER_POINTS[::step], times)),
+        *_kill_rows("prune", sweep_prunes(work / "prunes", PRUNE_POINTS[::step], times)),
         *_flip_rows(sweep_flips(work / "flips", flips)),
     ]
 
 
-def sweep_commits(work: Path, times: Sequence[int]) -> dict[str, int]:
+def sweep_commits(work: Path, points: Sequence[str], times: Sequence[int]) -> dict[str, int]:
     """Kill a writer at every step of the commits in `times` (1: its first); look; run it again."""
     counts = dict.fromkeys(("kills", "wrong records", "lost records", "incomplete reruns"), 0)
     with _Server(cache_process.__file__, "--serve") as server:
-        for point in WRITER_POINTS:
+        for point in points:
             for time in times:
                 root = work / f"{point}-{time}"
                 if server.run(f"{point}:{time} {root} 0 {RECORDS} {PER_SHARD} bf16") != commit.CRASH_EXIT_CODE:
@@ -62,12 +64,12 @@ def sweep_commits(work: Path, times: Sequence[int]) -> dict[str, int]:
     return counts
 
 
-def sweep_prunes(work: Path, times: Sequence[int]) -> dict[str, int]:
+def sweep_prunes(work: Path, points: Sequence[str], times: Sequence[int]) -> dict[str, int]:
     """Kill a prune the `times` it comes to a step; what a kept data set names must be there; run it again."""
     counts = dict.fromkeys(("kills", "wrong records", "lost records", "incomplete reruns"), 0)
     prune_process.make_cache(work / "filled")
     with _Server(prune_process.__file__) as server:
-        for point in PRUNE_POINTS:
+        for point in points:
             for time in times:
                 root = shutil.copytree(work / "filled", work / f"{point}-{time}")
                 if server.run(f"{point}:{time} {root}") != commit.CRASH_EXIT_CODE:
@@ -86,27 +88,34 @@ def sweep_flips(work: Path, flips: int) -> dict[str, int]:
     counts = dict.fromkeys(("flips", "undetected", "not named", "not encoded anew"), 0)
     cache_process.write(str(work / "filled"), range(RECORDS), PER_SHARD)
     generator = random.Random(0)
-    reader.RETRY_SECONDS = 0.0  # nothing heals between two reads here
-    for number in range(flips):
-        root = shutil.copytree(work / "filled", work / "flipped")
-        shards = CachePaths(root, FINGERPRINT).shards
-        path = generator.choice(sorted(shards.glob("*.idx" if number % 3 == 0 else "*.safetensors")))
-        data = bytearray(path.read_bytes())
-        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        path.write_bytes(data)
-        counts["flips"] += 1
-        try:
-            _read_all(root)
-            counts["undetected"] += 1
-        except CacheError as error:
-            counts["not named"] += path.stem not in str(error)
-        with CacheWriter(root, cache_process.MANIFEST) as writer:
-            for missing in range(RECORDS):
-                bits = cache_process.features_of(missing)
-                writer.add_bytes(cache_process.key_number(missing), bits, cache_process.GRID)
-        counts["not encoded anew"] += _look(root) != (RECORDS, 0)
-        shutil.rmtree(root)
+    with patch.object(reader, "RETRY_SECONDS", 0.0):  # nothing heals between two reads here
+        for number in range(flips):
+            root = shutil.copytree(work / "filled", work / "flipped")
+            path = _flip(root, "*.idx" if number % 3 == 0 else "*.safetensors", generator)
+            counts["flips"] += 1
+            try:
+                _read_all(root)
+                counts["undetected"] += 1
+            except CacheError as error:
+                counts["not named"] += path.stem not in str(error)
+            _encode_missing(root)
+            counts["not encoded anew"] += _look(root) != (RECORDS, 0)
+            shutil.rmtree(root)
     return counts
+
+
+def _flip(root: Path, pattern: str, generator: random.Random) -> Path:
+    path = generator.choice(sorted(CachePaths(root, FINGERPRINT).shards.glob(pattern)))
+    data = bytearray(path.read_bytes())
+    data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+    return path
+
+
+def _encode_missing(root: Path) -> None:
+    with CacheWriter(root, cache_process.MANIFEST) as writer:
+        for number in range(RECORDS):
+            writer.add_bytes(cache_process.key_number(number), cache_process.features_of(number), cache_process.GRID)
 
 
 class _Server:

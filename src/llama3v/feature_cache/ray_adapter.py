@@ -115,8 +115,10 @@ def _results(config: EncodeConfig) -> Iterator[dict[str, Any]]:
             "give at most as many workers"
         )
 
-    def list_samples(_: "pa.Table") -> "Iterator[pa.Table]":
-        yield from _chunks(open_source(config.data, config.limit))
+    samples = SAMPLES_IN_CHUNK
+
+    def list_samples(_: "pa.Table") -> "Iterator[pa.Table]":  # runs on some machine of the cluster
+        yield from _chunks(open_source(config.data, config.limit), samples)
 
     with _one_row_is_one_block(ray):
         chunks = ray.data.from_items([0]).map_batches(list_samples, batch_format="pyarrow", num_cpus=0)
@@ -133,12 +135,12 @@ def _results(config: EncodeConfig) -> Iterator[dict[str, Any]]:
             yield pickle.loads(row["answer"])
 
 
-def _chunks(source: Source) -> "Iterator[pa.Table]":
+def _chunks(source: Source, samples: int) -> "Iterator[pa.Table]":
     """Tables of one row: a chunk of the source's rows. An image that is a file travels as its name."""
     import pyarrow as pa
 
     rows = iter(source)
-    while chunk := list(islice(rows, SAMPLES_IN_CHUNK)):
+    while chunk := list(islice(rows, samples)):
         without_turns = [replace(row, turns=()) if isinstance(row, Sample) else row for row in chunk]
         yield pa.table({"rows": pa.array([pickle.dumps(without_turns)], pa.binary())})
 
