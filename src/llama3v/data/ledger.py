@@ -55,5 +55,6 @@ def _whole_lines(path: Path) -> Counter[bytes]:
             if line.endswith(b"\n"):
                 lines[line] += 1
                 end += len(line)
-        file.truncate(end)
+            else:  # only then: another writer may have appended a line since
+                file.truncate(end)
     return lines

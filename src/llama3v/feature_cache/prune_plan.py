@@ -16,7 +16,7 @@ from llama3v.feature_cache.refs import keys_in
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    partly_used: shard -> the records of it that stay; they move to a new shard.
+    partly_used: shard -> rows of its index that stay; they move to a new shard.
     unused: shards of which nothing stays, with those that are set aside as a whole.
     unused_live: how many of these are not set aside.
     twice: records that stay and of which a duplicate goes.
@@ -27,19 +27,16 @@ class Plan:
 
     kept_records: int
     kept_bytes: int
-    partly_used: dict[str, list[Record]]
+    partly_used: dict[str, np.ndarray]
     unused: list[str]
     unused_live: int
     twice: list[Record]
     dropped: dict[str, tuple[int, int]]
     forgotten: list[Path]
     unreadable_lines: int
+    bytes_to_copy: int
     bytes_freed: int
     """Once everything is done; on the way, a shard's worth more is needed."""
-
-    @property
-    def bytes_to_copy(self) -> int:
-        return sum(record.bytes for records in self.partly_used.values() for record in records)
 
 
 def make_plan(paths: CachePaths, index: Index, named: Mapping[Path, np.ndarray] | None) -> Plan:
@@ -50,7 +47,7 @@ def make_plan(paths: CachePaths, index: Index, named: Mapping[Path, np.ndarray] 
     """
     shards = list(index.shards.values())  # in order of names, as readers choose among duplicates
     rows = _Rows(shards)
-    live = np.array([row not in index.damaged for row in rows.identities()], dtype=bool)
+    live = rows.live(index)
     wanted = live if named is None else live & np.isin(rows.keys, np.concatenate([*named.values(), rows.keys[:0]]))
     stays = np.zeros(len(live), dtype=bool)
     candidates = np.flatnonzero(wanted)
@@ -62,12 +59,11 @@ def make_plan(paths: CachePaths, index: Index, named: Mapping[Path, np.ndarray] 
     partly = [number for number, shard in enumerate(shards) if 0 < per_shard[number] < len(shard.rows)]
     aside_bytes = sum(size for _, size in aside.values())
     removed = {*unused, *(shards[number].shard for number in partly)}
-    partly_used = {shards[number].shard: rows.records(stays & (rows.shard == number)) for number in partly}
-    copied = sum(record.bytes for records in partly_used.values() for record in records)
+    copied = int(rows.bytes[stays & np.isin(rows.shard, partly)].sum())
     return Plan(
         kept_records=int(stays.sum()),
         kept_bytes=int(rows.bytes[stays].sum()),
-        partly_used=partly_used,
+        partly_used={shards[number].shard: np.flatnonzero(stays[rows.span(number)]) for number in partly},
         unused=[*unused, *aside],
         unused_live=len(unused),
         twice=rows.records(stays & np.isin(rows.keys, rows.keys[duplicates])),
@@ -78,6 +74,7 @@ def make_plan(paths: CachePaths, index: Index, named: Mapping[Path, np.ndarray] 
         },
         forgotten=[] if named is None else _forgotten(paths, named, rows.keys[stays]),
         unreadable_lines=sum(journal.unreadable_lines(path) for path in named or ()),
+        bytes_to_copy=copied,
         bytes_freed=sum(shard.shard_bytes for shard in shards if shard.shard in removed) + aside_bytes - copied,
     )
 
@@ -90,20 +87,31 @@ class _Rows:
         counts = [len(shard.rows) for shard in shards]
         self.shard = np.repeat(np.arange(len(shards)), counts)
         """[rows]: which shard."""
-        self.row = np.concatenate([np.zeros(0, dtype=int), *(np.arange(count) for count in counts)])
-        """[rows]: which row of its index."""
+        self.start = np.concatenate([[0], np.cumsum(counts, dtype=int)])
+        """[shards + 1]: where the rows of a shard begin."""
         halves = [np.stack([shard.rows["key_high"], shard.rows["key_low"]], axis=1) for shard in shards]
         packed = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *halves]).astype(">u8")
         self.keys = packed.view("S16").reshape(-1)
         self.bytes = np.concatenate([np.zeros(0, dtype=int), *(shard.rows["bytes"].astype(int) for shard in shards)])
 
-    def identities(self) -> list[tuple[str, str]]:
-        """(shard, key) of every row."""
-        hexes = self.keys.view(np.uint8).reshape(-1, 16)
-        return [(self.shards[shard].shard, key.tobytes().hex()) for shard, key in zip(self.shard, hexes, strict=True)]
+    def span(self, shard: int) -> slice:
+        """The rows of a shard."""
+        return slice(self.start[shard], self.start[shard + 1])
+
+    def live(self, index: Index) -> np.ndarray:
+        """[rows]: whether it is not set aside."""
+        damaged: dict[str, list[bytes]] = {}
+        for name, key in index.damaged:
+            damaged.setdefault(name, []).append(bytes.fromhex(key))
+        live = np.ones(len(self.keys), dtype=bool)
+        for number, shard in enumerate(self.shards):
+            if shard.shard in damaged:
+                live[self.span(number)] = ~np.isin(self.keys[self.span(number)], np.array(damaged[shard.shard], "S16"))
+        return live
 
     def records(self, chosen: np.ndarray) -> list[Record]:
-        return [self.shards[self.shard[place]].record(int(self.row[place])) for place in np.flatnonzero(chosen)]
+        places = np.flatnonzero(chosen)
+        return [self.shards[self.shard[place]].record(int(place - self.start[self.shard[place]])) for place in places]
 
     def count(self, chosen: np.ndarray) -> tuple[int, int]:
         """Records and their bytes."""

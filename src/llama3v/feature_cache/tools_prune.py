@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llama3v.config import CacheConfig
 from llama3v.errors import CacheError
 from llama3v.feature_cache.commit import crash_point, flush_directory
@@ -84,8 +86,8 @@ class _Pruning:
         with prune_progress(self.plan.bytes_to_copy) as advance:
             for shard in self.plan.unused:
                 _remove_shard(self.paths, shard)
-            for shard, records in self.plan.partly_used.items():
-                for record, data in self._read(shard, records):
+            for shard, rows in self.plan.partly_used.items():
+                for record, data in self._read(shard, rows):
                     if data is None:
                         damaged.append(record.key)
                         _set_aside(self.index, [record])
@@ -96,9 +98,10 @@ class _Pruning:
             self._commit()
         return damaged
 
-    def _read(self, shard: str, records: list[Record]) -> Iterator[tuple[Record, bytes | None]]:
+    def _read(self, shard: str, rows: np.ndarray) -> Iterator[tuple[Record, bytes | None]]:
+        """Records with their bytes, or None where these are damaged."""
         with self.paths.shard(shard).open("rb") as file:
-            for record in records:
+            for record in map(self.index.shards[shard].record, rows.tolist()):
                 file.seek(record.offset)
                 data = file.read(record.bytes)
                 yield record, data if checksum_of(data).hex() == record.checksum else None
