@@ -68,7 +68,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
         return encode_with_ray(config)
     encoding = open_pass(config, open_source(config.data, config.limit, config.part))
-    with encoding.writer, _sigterm_as_interrupt():
+    with encoding.writer, sigterm_as_interrupt():
         encoding.run()
     return finish(config, encoding.source, encoding.summary())
 
@@ -104,7 +104,7 @@ def finish(config: EncodeConfig, source: Source, summary: dict[str, Any]) -> dic
     paths = CachePaths(config.cache, summary["fingerprint"])
     out = out_of(config, paths, source)
     summary = {"data": config.data, "source": source.digest, "vision": config.vision} | summary
-    _write_summary(out / "summary.json", summary)
+    write_summary(out / "summary.json", summary)
     print(_in_words(summary, paths.directory, out))
     return summary
 
@@ -158,7 +158,7 @@ class EncodePass:
         self.seconds = 0.0
         self.progress = EncodeProgress(self.counts, source.name, operator.length_hint(source) or None)
         self.preparer = Preparer(
-            self._is_known, tower.tile_size, max_tiles, depth=2 * config.batch_tiles, workers=_workers()
+            self._is_known, tower.tile_size, max_tiles, depth=2 * config.batch_tiles, workers=decoding_threads()
         )
         self._met: set[bytes] = set()  # keys of this pass, 16 bytes each
         self._bad: dict[str, str] = {}  # key -> reason
@@ -354,12 +354,13 @@ def _max_tiles(config: EncodeConfig) -> int:
     return model["max_tiles"]
 
 
-def _workers() -> int:
+def decoding_threads() -> int:
+    """Threads that decode images."""
     return min(8, os.cpu_count() or 1)
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM (a batch system or a spot machine wants its CPU back) stops the pass as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
@@ -375,7 +376,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Raises CacheError where it cannot be written."""
     try:
         with publish(path, [json.dumps(summary, indent=2).encode() + b"\n"], "summary"):
             pass

@@ -57,6 +57,30 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
+class Tail:
+    """Reads a journal while others append to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The entries whose check holds that have been appended since the last call, oldest first.
+
+        Raises:
+            OSError: the file is there and cannot be read.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        lines = data[: data.rfind(b"\n") + 1]  # a line without an end is being written, or was torn
+        self._position += len(lines)
+        entries = (_parse(line) for line in lines.splitlines())
+        return [entry for entry in entries if entry is not None]
+
+
 def unreadable_lines(path: Path) -> int:
     """How many lines of a journal `read` leaves out: torn by a kill, or damaged. Raises OSError as `read` does."""
     if not path.exists():

@@ -60,6 +60,14 @@ def enter_alone(paths: CachePaths) -> tuple[Presence, bool]:
     return presence, alone is True
 
 
+def wait_to_be_alone(paths: CachePaths) -> Presence:
+    """`enter_alone`, for those who hold it for moments only: the encoders of a ring."""
+    presence, descriptor = _open(paths)
+    if _try(descriptor, fcntl.LOCK_EX) is False:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return presence
+
+
 def _open(paths: CachePaths) -> tuple[Presence, int]:
     descriptor = os.open(paths.directory / "writers.lock", os.O_RDWR | os.O_CREAT, 0o644)
     return Presence(descriptor), descriptor

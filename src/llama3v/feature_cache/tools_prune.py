@@ -85,7 +85,7 @@ class _Pruning:
         damaged: list[str] = []
         with prune_progress(self.plan.bytes_to_copy) as advance:
             for shard in self.plan.unused:
-                _remove_shard(self.paths, shard)
+                remove_shard(self.paths, shard)
             for shard, rows in self.plan.partly_used.items():
                 for record, data in self._read(shard, rows):
                     if data is None:
@@ -116,11 +116,11 @@ class _Pruning:
         if self._pending:
             write_shard(self.paths, self._pending)
         for shard in self._copied:
-            _remove_shard(self.paths, shard)
+            remove_shard(self.paths, shard)
         self._pending, self._pending_bytes, self._copied = [], 0, []
 
 
-def _remove_shard(paths: CachePaths, shard: str) -> None:
+def remove_shard(paths: CachePaths, shard: str) -> None:
     """First its index, which takes its records back; a kill between leaves an orphan."""
     _remove(paths.index(shard), "prune-index-removed")
     crash_point("prune-index-flushed")
