@@ -61,11 +61,11 @@ class Options:
     """File for the results; the plot goes beside it, as PNG."""
     images: int = 200
     """Scenes, and photographs, whose features are studied."""
-    scenes: int = 1000
+    scenes: int = 800
     """Scenes to train on."""
     held_out: int = 200
     """Scenes to measure the loss on."""
-    steps: int = 120
+    steps: int = 80
     """Optimizer steps of every run."""
     seeds: int = 3
     """Runs of every codec."""
