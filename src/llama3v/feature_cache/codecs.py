@@ -88,7 +88,7 @@ class Bf16(Codec):
     def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
         import torch
 
-        return torch.from_numpy(data).view(torch.bfloat16).view(shape)
+        return torch.frombuffer(data, dtype=torch.bfloat16).view(shape)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class SortedKeys:
 
     def find(self, key: bytes) -> np.ndarray:
         """Positions (in the arguments) at which a key stands, in order."""
-        high, low = np.frombuffer(key, dtype=">u8").astype(np.uint64)
-        first, last = np.searchsorted(self.high, high, "left"), np.searchsorted(self.high, high, "right")
+        high, low = np.uint64(int.from_bytes(key[:8], "big")), np.uint64(int.from_bytes(key[8:], "big"))
+        first, last = self.high.searchsorted(high, "left"), self.high.searchsorted(high, "right")
         return self.order[first:last][self.low[first:last] == low]
 
     def first_of_each(self) -> np.ndarray:
