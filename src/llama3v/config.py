@@ -4,6 +4,7 @@ The command line is made from these (see cli.py), and the Python functions take 
 ``llama3v.cache(llama3v.CacheConfig(action="info", cache=Path("/nvme/cache")))``.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,19 @@ MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+
+
+def _bytes(text: str) -> int:
+    """Bytes in words: 200GB, 1.5TB, 500MiB. 0 for what is no such number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    if match is None:
+        return 0
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix.replace("K", "k") or " "))
 
 
 def _is_part(part: str) -> bool:
@@ -54,24 +68,30 @@ class QuickstartConfig:
     machine)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """Run the vision tower once over a data set and keep its patch features: the encode pass.
 
     Resumable: what is committed is never encoded again, so after any interruption run the same command.
 
-    Example:
+    Examples:
         llama3v encode --data photos/train.json --vision google/siglip-so400m-patch14-384 --cache /nvme/cache
+        llama3v encode --follow stage1 --cache /nvme/cache --max-disk 200GB
     """
 
-    data: str
+    data: Annotated[str, arg(metavar="STR", help_behavior_hint="(required without --follow)")] = ""
     """LLaVA JSON/JSONL, a parquet file or directory (the_cauldron, FineVision), or a folder of images
     with captions beside them."""
-    vision: str
+    vision: Annotated[str, arg(metavar="STR", help_behavior_hint="(required without --follow)")] = ""
     """Vision tower: a hub name, a local directory, or a Llama 3-V model directory (its tower, cut and
-    slicing)."""
+    slicing). With --follow: where the training's tower lies on this machine, if elsewhere."""
     cache: Path
     """Root of the feature cache."""
+    follow: MaybeText = None
+    """Instead of a data set, encode what the training with `--ring NAME` needs next, and free what it does not
+    need any more, until it is done."""
+    max_disk: MaybeText = None
+    """Bound of a ring's features on disk, such as 200GB."""
     out: MaybePath = None
     """Directory for summary.json and the ledger of what was left out (default:
     <cache>/<fingerprint>/runs/<data name>)."""
@@ -104,7 +124,24 @@ class EncodeConfig:
     ray_workers: int = 0
     """Workers on a Ray cluster that share the work (needs the extra `ray`); 0: this process alone."""
 
+    @property
+    def max_disk_bytes(self) -> int:
+        """`max_disk` in bytes."""
+        return _bytes(self.max_disk or "")
+
     def __post_init__(self) -> None:
+        _require(bool(self.follow or (self.data and self.vision)), "give --data and --vision, or --follow")
+        _require(not (self.follow and self.data), "--follow takes its images from the training; leave --data away")
+        _require((self.follow is None) == (self.max_disk is None), "--follow and --max-disk need each other")
+        _require(not self.follow or _is_name(self.follow), f"--follow is {self.follow}; give the NAME of --ring")
+        _require(
+            self.max_disk is None or _bytes(self.max_disk) > 0,
+            f"--max-disk is {self.max_disk}; give a number with a unit, such as 200GB",
+        )
+        _require(
+            not self.follow or (not self.part and not self.ray_workers and self.mode == "features"),
+            "--follow shares the work by itself, with any number of others: leave --part, --ray-workers and --mode away",
+        )
         _require(self.max_tiles >= 0, f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more")
         _require(
             self.mode == "features" or self.codec == "bf16",
@@ -175,6 +212,9 @@ class TrainConfig:
     mode: Mode = "features"
     """Where features come from. features: the cache. pixels: a cache of decoded tiles (`encode --mode pixels`);
     the vision tower runs live. stream: the images; nothing is cached."""
+    ring: MaybeText = None
+    """Name of a ring: features come from `llama3v encode --follow NAME`, run beside the training, which keeps
+    them within --max-disk."""
     codec: Annotated[Codec | None, arg(help_behavior_hint="")] = None
     """Which codec to read, where the cache has these features in several (default: the one that is there)."""
     out: Path
@@ -223,6 +263,8 @@ class TrainConfig:
         _require(len(self.data) > 0, "--data is empty; name at least one data set")
         _require(self.cache is not None or self.mode == "stream", f"mode {self.mode} needs a cache: give --cache DIR")
         _require(self.mode == "features" or self.codec is None, f"--codec has no meaning in mode {self.mode}")
+        _require(self.ring is None or self.mode == "features", f"--ring has no meaning in mode {self.mode}")
+        _require(self.ring is None or _is_name(self.ring), f"--ring is {self.ring}; give letters, digits, . _ -")
         _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; give 1 or more")
         _require(self.epochs > 0, f"--epochs is {self.epochs}; give more than 0")
         _require(

@@ -63,6 +63,10 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     from llama3v.feature_cache.encoders.choose import require_engine
 
     require_engine(config.engine)
+    if config.follow:
+        from llama3v.feature_cache.ring.follow import follow
+
+        return follow(config)
     if config.ray_workers:
         from llama3v.feature_cache.ray_adapter import encode_with_ray
 

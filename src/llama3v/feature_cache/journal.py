@@ -77,7 +77,7 @@ class Tail:
             data = file.read()
         lines = data[: data.rfind(b"\n") + 1]  # a line without an end is being written, or was torn
         self._position += len(lines)
-        entries = (_parse(line) for line in lines.splitlines())
+        entries = (_parse(line) for line in lines.split(b"\n"))
         return [entry for entry in entries if entry is not None]
 
 

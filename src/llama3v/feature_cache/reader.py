@@ -75,6 +75,9 @@ class CacheReader:
         """
         self._refs.clear()
         self._index.refresh()
+        with self._files_lock:  # a file that is removed takes its space as long as it is open
+            for shard in self._files.keys() - self._index.shards.keys():
+                del self._files[shard]
         if self._index.broken:
             name, reason = next(iter(self._index.broken.items()))
             more = len(self._index.broken) - 1

@@ -1,4 +1,4 @@
-"""What a run reads: the prepared samples to train on and to validate with, and the source of their images' features."""
+"""What a run reads: the source of features, and the prepared samples to train on and to validate with."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llama3v.config import TrainConfig
+from llama3v.config import EncodeConfig, PretrainConfig, TrainConfig
 from llama3v.data.sources.base import AddressableSource, open_source
 from llama3v.feature_cache.layout import fingerprint_of, manifest_of
 from llama3v.feature_cache.reader import CacheReader
+from llama3v.feature_cache.ring.files import RingPaths
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.model.prompt import Renderer
 from llama3v.train.checkpoint import Checkpoint
@@ -19,11 +20,14 @@ from llama3v.train.features.base import FeatureSource
 from llama3v.train.features.cached import CachedFeatures
 from llama3v.train.features.live import LiveTrunk
 from llama3v.train.features.pixels import PixelFeatures
+from llama3v.train.features.ring import RingFeatures, RingTask
 from llama3v.train.features.streamed import StreamedFeatures
 from llama3v.train.locations import locate_in
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import refuse_drift, tokenizer_digest
 from llama3v.train.validation import Validation
+
+BROKEN = "broken-images.jsonl"
 
 Model = Llama3VForConditionalGeneration
 
@@ -34,26 +38,25 @@ class Inputs:
 
     data: PreparedData
     validation: Validation | None
-    source: FeatureSource
 
 
 def open_inputs(
     config: TrainConfig,
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
+    source: FeatureSource,
     checkpoint: Checkpoint | None,
     encode_options: Sequence[str],
 ) -> Inputs:
     """Prepare the data, or take what an earlier part of the run prepared.
 
     Args:
-        model: still on the CPU, in fp32.
+        source: as `open_features` opened it.
         checkpoint: of the run that is continued: with other data it is refused.
         encode_options: with which `llama3v encode` runs this model's tower, for messages.
 
-    Raises what `open_source`, `prepare` and `open_features` do; CheckpointError.
+    Raises what `open_source` and `prepare` do; CheckpointError.
     """
-    source = open_features(config, model)
     training = _preparation(config, model, tokenizer, source, config.data, config.limit, encode_options)
     keep = checkpoint is not None
     if checkpoint is not None:  # before anything in `out` is touched
@@ -76,17 +79,22 @@ def open_inputs(
     if config.validation is not None:
         bf16 = config.precision == "bf16"
         validation = Validation(prepared[1][0], source, config.row_tokens, config.rows_per_pass, bf16)
-    return Inputs(prepared[0][0], validation, source)
+    return Inputs(prepared[0][0], validation)
 
 
 def open_features(config: TrainConfig, model: Model) -> FeatureSource:
-    """The source of features that `--mode` asks for.
+    """The source of features that `--mode` and `--ring` ask for.
+
+    Args:
+        model: still on the CPU, in fp32.
 
     Raises:
-        CacheError: the cache is not there, foreign or damaged.
+        CacheError: the cache is not there, foreign or damaged; another training has the ring.
     """
     vision, max_tiles = model.vision, model.config.max_tiles
     cut = {"tile_size": vision.tile_size, "max_tiles": max_tiles}
+    if config.ring:
+        return _open_ring(config, model)
     if config.mode == "features":
         assert config.cache is not None, "the config was validated"
         return CachedFeatures(
@@ -99,9 +107,25 @@ def open_features(config: TrainConfig, model: Model) -> FeatureSource:
         assert config.cache is not None, "the config was validated"
         tiles = CacheReader(config.cache, manifest=manifest_of({}, **cut, codec="u8"))
         return PixelFeatures(tiles, LiveTrunk(vision, config.precision), vision.tile_size, fingerprint)
-    return StreamedFeatures(
-        LiveTrunk(vision, config.precision), config.out / "broken-images.jsonl", **cut, fingerprint=fingerprint
+    return StreamedFeatures(LiveTrunk(vision, config.precision), config.out / BROKEN, **cut, fingerprint=fingerprint)
+
+
+def _open_ring(config: TrainConfig, model: Model) -> RingFeatures:
+    assert config.ring is not None, "it was asked for"
+    assert config.cache is not None, "the config was validated"
+    vision, codec = model.vision, config.codec or EncodeConfig.codec
+    task = RingTask(
+        data=(*config.data, *([] if config.validation is None else [config.validation])),
+        vision=config.vision if isinstance(config, PretrainConfig) else getattr(config, "model", ""),
+        cut=vision.cut,
+        tile_size=vision.tile_size,
+        max_tiles=model.config.max_tiles,
+        codec=codec,
+        tokens=vision.grid_side**2,
+        width=vision.width,
     )
+    manifest = manifest_of(vision.fingerprint(), tile_size=task.tile_size, max_tiles=task.max_tiles, codec=codec)
+    return RingFeatures(RingPaths(config.cache, config.ring), task, manifest, config.out / BROKEN)
 
 
 def encode_command(config: TrainConfig, data: str, encode_options: Sequence[str]) -> str:

@@ -55,6 +55,10 @@ class Schedule:
     checkpoint_every: int
     validate_every: int | None
 
+    def validates_after(self, step: int) -> bool:
+        """Whether there is a validation, where there is anything to validate with, when so many steps are done."""
+        return step == self.steps or (self.validate_every is not None and step % self.validate_every == 0)
+
 
 @dataclass
 class Loop:
@@ -184,8 +188,8 @@ class Loop:
 
     def _measure_if_due(self) -> None:
         """Before the checkpoint of the same step: its metrics line is then neither lost nor written twice."""
-        step, every = self.progress.step, self.schedule.validate_every
-        if self.validate and (step == self.schedule.steps or (every and step % every == 0)):
+        step = self.progress.step
+        if self.validate and self.schedule.validates_after(step):
             self.metrics.append({"step": step, **self.validate(), "seconds": round(self.meter.seconds, 2)})
 
 

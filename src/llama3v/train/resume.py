@@ -19,7 +19,7 @@ from llama3v.errors import CheckpointError
 FREE = frozenset(
     {
         *("out", "cache", "dollars_per_hour", "checkpoint_every", "keep_checkpoints", "max_bad_ratio"),
-        *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode"),
+        *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode", "ring"),
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.

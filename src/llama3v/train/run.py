@@ -3,7 +3,7 @@
 import fcntl
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +20,8 @@ from llama3v.model.llama3v import Llama3VForConditionalGeneration, build_model, 
 from llama3v.train import curves, stages
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
-from llama3v.train.inputs import open_inputs
+from llama3v.train.features.base import Demand
+from llama3v.train.inputs import Inputs, open_features, open_inputs
 from llama3v.train.loop import Loop, Schedule, set_modes
 from llama3v.train.meter import Meter, MetricsLog, ProgressLine, trim_metrics
 from llama3v.train.prepared import PreparedData
@@ -100,17 +101,18 @@ def _run(stage: _Stage, console: Console) -> dict[str, Any]:
         _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary
     config.out.mkdir(parents=True, exist_ok=True)
-    with _only_run_in(config.out), told_when_full(config.out):
-        return _train(stage, console)
+    with _only_run_in(config.out), told_when_full(config.out), ExitStack() as stack:
+        return _train(stage, console, stack)
 
 
-def _train(stage: _Stage, console: Console) -> dict[str, Any]:
+def _train(stage: _Stage, console: Console, stack: ExitStack) -> dict[str, Any]:
     config, begun = stage.config, perf_counter()  # loading and preparing belong to the price
     model, tokenizer = stage.load()
     groups, lines = _choose_what_trains(stage, model)
     console.print(stages.as_table(lines, f"What trains: {stage.title}"))
     checkpoint = _checkpoints(config).load(lambda text: _say(console, text))
-    inputs = open_inputs(config, model, tokenizer, checkpoint, stage.encode_options)
+    source = stack.enter_context(closing(open_features(config, model)))
+    inputs = open_inputs(config, model, tokenizer, source, checkpoint, stage.encode_options)
     data, validation = inputs.data, inputs.validation
     plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed)
     steps = config.steps or plan.steps_for(config.epochs)
@@ -133,8 +135,8 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
         model=model,
         optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=True),
         schedule=_schedule(config, plan, steps),
-        make=lambda number: make_pass(number, plan, data, inputs.source, model.config.image_token_id),
-        source=inputs.source,
+        make=lambda number: make_pass(number, plan, data, source, model.config.image_token_id),
+        source=source,
         meter=meter,
         metrics=metrics,
         checkpoints=_checkpoints(config),
@@ -144,16 +146,18 @@ def _train(stage: _Stage, console: Console) -> dict[str, Any]:
     if checkpoint is not None:
         loop.restore(checkpoint)
         checkpoint = None  # its tensors are copied: let the memory go
+    source.expect(_demand(inputs, plan, loop))
     priced, done = config.dollars_per_hour > 0, False
     with StopRequest() as stop, ProgressLine(console, stage.name, steps, loop.progress.step, priced=priced) as line:
-        stop.then(inputs.source.stop)
-        inputs.source.report_waiting(line.note)
+        stop.then(source.stop)
+        source.report_waiting(line.note)
         try:
             done = loop.run(line, stop)
         finally:
             metrics.close()
     if not done:
         raise _stopped(console, stop, loop)
+    source.finished()
     curves.draw(metrics.path, config.out / "curves.png", stage.title)
     save_model(model, tokenizer, config.out)
     summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
@@ -213,6 +217,19 @@ def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
         checkpoint_every=config.checkpoint_every,
         validate_every=config.validate_every,
     )
+
+
+def _demand(inputs: Inputs, plan: RowPlan, loop: Loop) -> Demand:
+    validation, schedule = inputs.validation, loop.schedule
+
+    def keys_of(step: int) -> list[str]:
+        keys = [key for row in plan.rows(step) for sample in row for key in inputs.data.images(sample)]
+        if validation is not None and schedule.validates_after(step + 1):
+            keys += [key for sample in range(len(validation.data)) for key in validation.data.images(sample)]
+        return list(dict.fromkeys(keys))
+
+    epoch_steps = -(-len(plan.epoch(0)) // plan.rows_per_step)
+    return Demand(keys_of, loop.progress.step, schedule.steps, epoch_steps, schedule.checkpoint_every)
 
 
 def _describe_data(console: Console, data: PreparedData, plan: RowPlan, fullness: float, steps: int) -> None:

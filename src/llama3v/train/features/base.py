@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -31,6 +32,24 @@ class ImageLookup(Protocol):
         """What to do where no image of a data set is found."""
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What a run will ask for.
+
+    Attributes:
+        keys_of: step, counted from 0 -> the images that are read for it, in order, each once; with those of a validation
+            that follows it.
+        step: the first step. steps: where training ends. epoch_steps: about as many make an epoch.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    keys_of: Callable[[int], list[str]]
+    step: int
+    steps: int
+    epoch_steps: int
+    checkpoint_every: int
+
+
 class FeatureSource(ABC):
     """Gives the features of images. Called from the thread that assembles passes, and from the one that validates.
 
@@ -48,6 +67,10 @@ class FeatureSource(ABC):
         """Before the first `features` where `needs_files`: how to get at an image of the prepared data."""
         return
 
+    def expect(self, demand: Demand) -> None:
+        """Before the first `features`: what is going to be asked for."""
+        return
+
     @abstractmethod
     def features(self, keys: Sequence[str]) -> Tensor:
         """The features of images, one image after another: bf16 [tiles, patches, width], on the CPU.
@@ -61,6 +84,10 @@ class FeatureSource(ABC):
         """A checkpoint after this many steps is committed: training never goes back behind it."""
         return
 
+    def finished(self) -> None:
+        """The last step is trained and its checkpoint committed."""
+        return
+
     def report_waiting(self, say: Say) -> None:
         """Where to tell what it waits for; an empty text ends it."""
         return
@@ -68,6 +95,10 @@ class FeatureSource(ABC):
     def stop(self) -> None:
         """A call of `features` that waits for others ends soon, and so does every later one that would wait. Takes no
         lock: signal handlers call it."""
+        return
+
+    def close(self) -> None:
+        """Let go of files and locks, after whatever happened."""
         return
 
 

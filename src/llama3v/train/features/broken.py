@@ -4,33 +4,10 @@ Such an image ends the run: it is never replaced. Its samples were promised to c
 another run of this one. But its file may be mended, and then the run goes on where it was.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from llama3v.errors import DataError
 from llama3v.feature_cache import journal
-from llama3v.feature_cache.pipeline import Found, Picture, Unreadable
-from llama3v.model.slicing import Grid
-
-
-def checked(outcome: Found | Picture | Unreadable, key: str, grid: Grid, *, was_broken: bool) -> Picture | str:
-    """The picture under its planned key, or in words why it cannot be used.
-
-    Its bytes must be those that were planned with, unless these are known to be broken: then any picture that is cut alike
-    has been put there to mend them.
-
-    Args:
-        outcome: what a Preparer made of the image that was planned as `key`, with `grid`.
-    """
-    if isinstance(outcome, Unreadable):
-        return outcome.reason
-    assert isinstance(outcome, Picture), "every image is decoded"
-    if outcome.key != key and not was_broken:
-        return "its bytes are others than those that were planned with"
-    if outcome.tiles.grid != grid:
-        found = outcome.tiles.grid
-        return f"it is cut into {found.columns}x{found.rows} slices, planned {grid.columns}x{grid.rows}"
-    return replace(outcome, key=key)
 
 
 class BrokenImages:

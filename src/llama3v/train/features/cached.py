@@ -45,3 +45,6 @@ class CachedFeatures(FeatureSource):
 
     def features(self, keys: Sequence[str]) -> Tensor:
         return torch.cat([self._cache.read(key) for key in keys])
+
+    def close(self) -> None:
+        self._cache.close()

@@ -30,7 +30,7 @@ class LiveTrunk:
             pictures: one for each key, in the order of first appearance (`once`).
         """
         batches = make_batches(pictures, self._encoder.tiles_in_pass)
-        found = {picture.key: features for picture, features in encode_batches(batches, self._encoder)}
+        found = {picture.key: features for picture, features in encode_batches(batches, self._encoder.encode)}
         return torch.cat([found[key] for key in keys])
 
 

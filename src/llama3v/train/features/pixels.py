@@ -27,6 +27,9 @@ class PixelFeatures(FeatureSource):
     def features(self, keys: Sequence[str]) -> Tensor:
         return self._trunk.features(keys, self._pictures(once(keys)))
 
+    def close(self) -> None:
+        self._cache.close()
+
     def _pictures(self, keys: Sequence[str]) -> Iterator[Picture]:
         for key in keys:
             pixels = self._cache.read(key).numpy()  # [n, S * S, 3]

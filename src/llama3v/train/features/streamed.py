@@ -9,12 +9,13 @@ from torch import Tensor
 
 from llama3v.data.sources.base import BytesImage, ImageRef
 from llama3v.errors import DataError, ImageError
+from llama3v.feature_cache.pictures import checked
 from llama3v.feature_cache.pipeline import Picture, Preparer
 from llama3v.model.headers import grid_in_header
 from llama3v.model.slicing import Grid
 from llama3v.model.tiles import image_key
 from llama3v.train.features.base import FeatureSource, NotFoundError
-from llama3v.train.features.broken import BrokenImages, checked
+from llama3v.train.features.broken import BrokenImages
 from llama3v.train.features.live import LiveTrunk, once
 from llama3v.train.locations import Locate
 
