@@ -10,6 +10,7 @@ them and in bf16, since a model in use sees features that were never stored.
 """
 
 import io
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ def spread_of(values: list[float]) -> float:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     rows: list[dict[str, Any]] = []
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"load_average_at_start": round(os.getloadavg()[0], 1)}
     if options.part != "training":
         rows += study_features("scenes", scene_features(options.images), "siglip-scenes, up to 6 slices")
         if options.photos is None:
