@@ -198,7 +198,7 @@ class Int8(Scaled):
 class Fp8(Scaled):
     """Floats of 8 bits, e4m3fn: 4 bits of exponent, 3 of mantissa, no infinity (arXiv 2209.05433).
 
-    Every value has an exponent of its own, so channel scales would win almost nothing.
+    Every value has an exponent of its own, so channel scales win little.
     """
 
     name: str = "fp8"
