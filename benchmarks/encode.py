@@ -11,13 +11,14 @@ layers as ours, without the head, though in use it computes one more layer and t
 
 import contextlib
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ import tyro
 from PIL import Image
 
 import llama3v
-from benchmarks.common import interleaved, medians, row, write_results
+from benchmarks.common import interleaved, row, write_results
 from benchmarks.encode_memory import HAS_PEAK_MEMORY, measure_encoding, measure_listing
 from llama3v.config import EncodeConfig
 from llama3v.errors import ConfigError
@@ -57,6 +58,8 @@ class Options:
     """JPEG files of the pass, 1 megapixel each."""
     engines: tuple[str, ...] = ("torch", "torch-compile", "openvino", "onnxruntime", "mlx")
     """Engines to measure; those that are not installed are left out."""
+    parts: tuple[Literal["engines", "pass", "memory"], ...] = ("engines", "pass", "memory")
+    """What to measure. Memory alone does not mind other work on the machine."""
 
 
 @dataclass(frozen=True)
@@ -184,20 +187,25 @@ def measure_engines(options: Options, shape: Shape, precision: str) -> list[dict
     for name, encoder in encoders.items():
         tiles = picture(in_pass[name], shape.tile_size)
         sides[name] = lambda encoder=encoder, tiles=tiles: encoder.encode(tiles)
-    seconds = medians(sides, options.rounds if precision == "fp32" else max(2, options.rounds // 2))
+    rounds = interleaved(sides, options.rounds if precision == "fp32" else max(1, options.rounds // 2))
+    seconds = {name: median(values) for name, values in rounds.items()}
+    fastest = {name: min(values) for name, values in rounds.items()}
     limit = in_pass["torch"] * shape.layers * shape.product_flops() / seconds["GEMM"] / 1e9
     usual = shape.flops() / seconds["usual loop"] / 1e9
-    rows = [
-        row(f"usual loop, {precision} GEMM beside it", usual, limit=limit, unit="GFLOP/s",
-            note=f"{usual / limit:.0%} of the {precision} GEMM rate"),
-    ]  # fmt: skip
-    for name in encoders:
-        rate = in_pass[name] * shape.flops() / seconds[name] / 1e9
+    best_limit = limit * seconds["GEMM"] / fastest["GEMM"]
+    rows = []
+    for name in ("usual loop", *encoders):
+        rate = in_pass.get(name, 1) * shape.flops() / seconds[name] / 1e9
+        best = rate * seconds[name] / fastest[name]
         note = (
-            f"{rate / limit:.0%} of the GEMM rate; {in_pass[name] / seconds[name]:.3g} tiles/s with {shape.layers} "
-            f"layers, {rate * 1e9 / shape.flops(SO400M_LAYERS):.3g} with {SO400M_LAYERS}"
+            f"{rate / limit:.0%} of the GEMM rate (fastest rounds: {best:.4g} of {best_limit:.4g}, {best / best_limit:.0%}); "
+            f"{in_pass.get(name, 1) / seconds[name]:.3g} tiles/s with {shape.layers} layers, "
+            f"{rate * 1e9 / shape.flops(SO400M_LAYERS):.3g} with {SO400M_LAYERS}"
         )
-        rows.append(row(f"{name}, {precision}", rate, usual, limit=limit, unit="GFLOP/s", note=note))
+        if name == "usual loop":
+            rows.append(row(f"usual loop beside the {precision} GEMM", rate, limit=limit, unit="GFLOP/s", note=note))
+        else:
+            rows.append(row(f"{name}, {precision}", rate, usual, limit=limit, unit="GFLOP/s", note=note))
     return rows
 
 
@@ -251,19 +259,27 @@ def _pass_rows(engine: str, tiles: int, bare: float, summaries: list[dict[str, A
     ]  # fmt: skip
 
 
+def fastest_engine(rows: list[dict[str, Any]], engines: tuple[str, ...]) -> str:
+    """By its fp32 row; torch where none was measured."""
+    speeds = {entry["name"].removesuffix(", fp32"): entry["ours"] for entry in rows}
+    return max((name for name in speeds if name in engines), key=speeds.__getitem__, default="torch")
+
+
 def main(options: Options) -> list[dict[str, Any]]:
     """Measure everything and return the rows."""
     so400m = Shape(384, 14, 1152, 16, 4304, options.layers)
     shape = Shape(42, 14, 32, 2, 64, options.layers) if options.quick else so400m
-    rows = measure_engines(options, shape, "fp32") + measure_engines(options, shape, "bf16")
-    speeds = {entry["name"].removesuffix(", fp32"): entry["ours"] for entry in rows if entry["name"].endswith(", fp32")}
-    fastest = max((name for name in speeds if name in options.engines), key=speeds.__getitem__)
-    for engine in dict.fromkeys(("torch", fastest)):
-        rows += measure_pass(options, shape, engine)
-    if HAS_PEAK_MEMORY:
+    load = [round(value, 1) for value in os.getloadavg()]
+    rows: list[dict[str, Any]] = []
+    if "engines" in options.parts:
+        rows += measure_engines(options, shape, "fp32") + measure_engines(options, shape, "bf16")
+    if "pass" in options.parts:
+        for engine in dict.fromkeys(("torch", fastest_engine(rows, options.engines))):
+            rows += measure_pass(options, shape, engine)
+    if "memory" in options.parts and HAS_PEAK_MEMORY:
         rows.append(measure_listing(100, 1000) if options.quick else measure_listing(10_000, 1_000_000))
         rows.append(measure_encoding(20, 100) if options.quick else measure_encoding(500, 5_000))
-    write_results(options.json, rows, PACKAGES, layers=options.layers, batch_tiles=BATCH_TILES)
+    write_results(options.json, rows, PACKAGES, layers=options.layers, batch_tiles=BATCH_TILES, load_at_start=load)
     return rows
 
 
