@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SCENE_TOWER = ASSETS / "siglip-scenes"
 SCENE_LLM = ASSETS / "llama-scenes"
 HELD_IN, HELD_OUT = 2000, 200  # scenes
-STAGE_1_STEPS, STAGE_2_STEPS = 140, 400
+STAGE_1_STEPS, STAGE_2_STEPS = 600, 1000
 CLOSING_QUESTION = "Describe the image."
 EXAMPLE = "scene.png"  # a held-out scene, left in the output for README's first question
 
@@ -59,7 +59,7 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
     shared: dict[str, Any] = {
         "cache": cache,
         "seed": config.seed,
-        "checkpoint_every": 100,
+        "checkpoint_every": 300,
         "keep_checkpoints": 1,
         "validation": str(held_out.conversations),
         "validation_samples": 64,
@@ -74,9 +74,9 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
                 llm=str(SCENE_LLM),
                 scale_factor=2,
                 row_tokens=256,
-                rows_per_step=8,
+                rows_per_step=2,  # many small steps: at one price they teach a model this small more than few large ones
                 steps=STAGE_1_STEPS,
-                learning_rate=2e-3,
+                learning_rate=4e-3,
                 **shared,
             )
         )
@@ -87,10 +87,10 @@ def quickstart(config: QuickstartConfig | None = None) -> dict[str, Any]:
                 out=out,
                 model=str(out / "stage1"),
                 row_tokens=384,
-                rows_per_step=5,
+                rows_per_step=3,
                 steps=STAGE_2_STEPS,
-                learning_rate=1.5e-3,
-                llm_learning_rate=1e-3,
+                learning_rate=2.5e-3,
+                llm_learning_rate=7e-4,
                 **shared,
             )
         )

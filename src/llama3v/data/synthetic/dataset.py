@@ -5,11 +5,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama3v.data.synthetic.language import CAPTION_PROMPTS, caption, questions
+from llama3v.data.synthetic.language import CAPTION_PROMPTS, Question, caption, choose, questions
 from llama3v.data.synthetic.scenes import Scene, draw, make_scene
 
 SHEET_SHARE = 0.25
 QUESTIONS_PER_SCENE = 7
+WEIGHTS = {"word": 4.0, "digit": 2.0, "relation": 2.0, "count": 2.0, "colour": 0.5, "size": 0.5}
+"""Of the kinds of question: what is hard to see is asked more often."""
 LARGE_SHARE = 0.1  # of the one-page scenes are drawn so large that slicing cuts through them
 MAGNIFICATIONS = (2, 3, 4)
 CAPTION_SHARE = 0.3  # of the conversations that also ask for a caption, so that stage 2 does not forget it
@@ -43,7 +45,7 @@ def write_scenes(directory: Path, split: str, count: int) -> SceneFiles:
         rng = random.Random(scene.seed + "/conversation")
         described = [(rng.choice(CAPTION_PROMPTS), caption(scene))]
         captions.append(_row(scene, name, described))
-        asked = [(question.text, question.answer) for question in questions(scene, rng)[:QUESTIONS_PER_SCENE]]
+        asked = [(question.text, question.answer) for question in _asked(scene, rng)]
         if rng.random() < CAPTION_SHARE:
             asked.insert(rng.randrange(len(asked) + 1), described[0])
         conversations.append(_row(scene, name, asked))
@@ -51,6 +53,10 @@ def write_scenes(directory: Path, split: str, count: int) -> SceneFiles:
     files.captions.write_text(json.dumps(captions, indent=1))
     files.conversations.write_text(json.dumps(conversations, indent=1))
     return files
+
+
+def _asked(scene: Scene, rng: random.Random) -> list[Question]:
+    return choose(questions(scene, rng), QUESTIONS_PER_SCENE, WEIGHTS, rng)
 
 
 def magnification_of(scene: Scene) -> int:

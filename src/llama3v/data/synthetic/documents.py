@@ -14,6 +14,7 @@ from llama3v.data.synthetic.language import (
     CAPTION_PROMPTS,
     Question,
     caption,
+    choose,
     name_item,
     place_of_item,
     place_of_page,
@@ -56,11 +57,7 @@ def make_document(seed: str, mixture: Mixture | None = None, weights: Mapping[st
     rng = random.Random(seed + "/document")
     scene = _with_at_most(mixture.most_items, make_scene(seed, sheet=rng.random() < mixture.sheets), rng)
 
-    def key(question: Question) -> float:  # a weighted draw without replacement
-        return -(rng.random() ** (1 / weights.get(question.kind, 1.0)))
-
-    asked = sorted(questions(scene, rng), key=key)[: mixture.most_questions]
-    rng.shuffle(asked)
+    asked = choose(questions(scene, rng), mixture.most_questions, weights, rng)
     if rng.random() < mixture.captions:
         described = Question("caption", rng.choice(CAPTION_PROMPTS), caption(scene))
         asked.insert(rng.randrange(len(asked) + 1), described)

@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llama3v.data.synthetic.scenes import Item, Scene
@@ -65,6 +65,17 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     asked = _sheet_questions(scene, rng) if scene.is_sheet else _page_questions(scene.items, rng)
     rng.shuffle(asked)
     return asked
+
+
+def choose(asked: list[Question], count: int, weights: Mapping[str, float], rng: random.Random) -> list[Question]:
+    """Some of the questions, in an order drawn from `rng`: a weighted draw without replacement, by kind (1 if not given)."""
+
+    def key(question: Question) -> float:
+        return -(rng.random() ** (1 / weights.get(question.kind, 1.0)))
+
+    chosen = sorted(asked, key=key)[:count]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def _sheet_questions(scene: Scene, rng: random.Random) -> list[Question]:
