@@ -50,7 +50,7 @@ def _is_part(part: str) -> bool:
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Build a small Llama 3-V from images and text, on this machine, in about 3 minutes.
+    """Build a small Llama 3-V from images and text, on this machine, in a few minutes.
 
     Draws scenes, encodes them into a cache, trains both stages, evaluates on held-out scenes, writes a report
     and asks one question. `--out` is then a model that ask, chat, caption and export take.
