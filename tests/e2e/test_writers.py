@@ -96,6 +96,7 @@ def test_two_processes_at_once_leave_the_content_of_one_process(config: EncodeCo
     assert CacheReader(config.cache).content_digest() == CacheReader(alone.cache).content_digest()
 
 
+@pytest.mark.slow  # 13 seconds and more; the two writers above stay
 def test_processes_that_take_a_part_each_share_the_work(config: EncodeConfig, alone: EncodeConfig) -> None:
     run_at_once(command(config, "--part", "1/2"), command(config, "--part", "2/2"))
     runs = sorted(config.cache.glob("*/runs/*"))

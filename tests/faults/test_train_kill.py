@@ -107,6 +107,7 @@ def test_runs_killed_at_random_moments_end_bit_equal(tmp_path, prepared, whole):
 
 
 # every other moment of a save: tests/unit/test_checkpoint.py
+@pytest.mark.slow  # half a minute and more; kills at random moments stay
 def test_a_run_killed_inside_a_checkpoint_ends_bit_equal(tmp_path, prepared, whole):
     options = options_of(prepared, tmp_path / "out")
     assert crash_at(options, "checkpoint-optimizer.safetensors:3") == 137

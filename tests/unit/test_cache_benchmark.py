@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cache.json"
 
 
+@pytest.mark.slow  # a benchmark in small, about 10 seconds of both cores
 def test_the_quick_benchmark_writes_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
