@@ -1,7 +1,8 @@
 """What the tests of training share: a small data set of coloured pictures, its cache, and runs in child processes."""
 
 import json
-import multiprocessing
+import multiprocessing.forkserver
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from PIL import Image
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 
 
-def make_pictures(directory: Path, count: int = 16) -> Path:
+def make_pictures(directory: Path, count: int = 16, side: int = 40) -> Path:
     """Pictures of one colour each, some wide enough to be sliced, and a LLaVA JSON that asks for the colour."""
     random = np.random.default_rng(0)
     (directory / "images").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     for number in range(count):
         colour = list(COLOURS)[number % len(COLOURS)]
-        width, height = (40, 40) if number % 8 < 4 else (120, 40)
+        width, height = (side, side) if number % 8 < 4 else (3 * side, side)
         pixels = np.array(COLOURS[colour]) + random.integers(-20, 20, (height, width, 3))
         name = f"images/{number}.png"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(directory / name)
@@ -46,13 +47,27 @@ def log_of(options: Any) -> Path:
     return options.out.with_name(options.out.name + ".log")
 
 
+def _start_server(context: Any) -> None:
+    """Before Python 3.13 the server does not get our sys.path, and leaves out silently what it cannot import."""
+    context.set_forkserver_preload(["training_child"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def start(verb: str, options: Any, environment: dict[str, str] | None = None) -> Any:
     """Run a verb in a child process of its own; one server process has imported everything and forks them.
 
     What it prints goes to `log_of(options)`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_child"])
+    _start_server(context)
     from training_child import run
 
     process = context.Process(target=run, args=(verb, options, environment or {}, log_of(options)))

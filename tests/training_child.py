@@ -14,6 +14,8 @@ import transformers.models.llama.modeling_llama
 import transformers.models.siglip.modeling_siglip  # noqa: F401
 
 import llama3v.cli
+import llama3v.feature_cache.encode
+import llama3v.feature_cache.ring.follow
 import llama3v.train.run
 
 
@@ -24,6 +26,10 @@ def run(verb: str, options: Any, environment: dict[str, str], log: Path) -> None
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    functions = {"pretrain": llama3v.train.run.pretrain, "sft": llama3v.train.run.sft}
+    functions = {
+        "pretrain": llama3v.train.run.pretrain,
+        "sft": llama3v.train.run.sft,
+        "encode": llama3v.feature_cache.encode.encode,
+    }
     llama3v.cli._run = lambda arguments: functions[verb](options)  # type: ignore[assignment, misc, return-value]
     sys.exit(llama3v.cli.main([]))

@@ -183,7 +183,7 @@ def test_the_nearest_missing_images_come_first_as_far_as_they_fit(tmp_path: Path
 
     def chosen(free: int, **options: Any) -> tuple[list[str], int | None]:
         arguments = {"present": writer.stock.keys, "failed": set(), "most": PLENTY, **options}
-        found = choose(wanted, position, room=Room(free, []), sizes=sizes, claims=claims, **arguments)
+        found = choose(wanted, position.consumed, room=Room(free, []), sizes=sizes, claims=claims, **arguments)
         return [image.name for image in found.images], found.blocked_at
 
     enough = sizes.with_shards(3 * sizes.of(image_of(0)))
@@ -216,7 +216,7 @@ def test_what_another_encoder_works_on_is_left_to_it_and_its_room_is_kept(tmp_pa
     claims = Claims(trainer.paths.claims)
 
     def chosen(free: int) -> tuple[list[str], bool]:
-        found = choose(wanted, position, set(), set(), Room(free, []), sizes, claims, PLENTY)
+        found = choose(wanted, position.consumed, set(), set(), Room(free, []), sizes, claims, PLENTY)
         claims.release_all()
         return [image.name for image in found.images], found.shared
 

@@ -1,7 +1,8 @@
 """What a run reads: the source of features, and the prepared samples to train on and to validate with."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from llama3v.config import EncodeConfig, PretrainConfig, TrainConfig
 from llama3v.data.sources.base import AddressableSource, open_source
 from llama3v.feature_cache.layout import fingerprint_of, manifest_of
 from llama3v.feature_cache.reader import CacheReader
-from llama3v.feature_cache.ring.files import RingPaths
+from llama3v.feature_cache.ring.files import RingPaths, TrainerSide
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.model.prompt import Renderer
 from llama3v.train.checkpoint import Checkpoint
@@ -82,19 +83,38 @@ def open_inputs(
     return Inputs(prepared[0][0], validation)
 
 
-def open_features(config: TrainConfig, model: Model) -> FeatureSource:
+@contextmanager
+def entered_ring(config: TrainConfig) -> Iterator[TrainerSide | None]:
+    """Have the ring that the run asks for, if it does, from before the model is loaded on: so encoders know that it comes.
+
+    Raises CacheError where another training has it.
+    """
+    if config.ring is None:
+        yield None
+        return
+    assert config.cache is not None, "the config was validated"
+    side = TrainerSide(RingPaths(config.cache, config.ring))
+    side.enter()
+    try:
+        yield side
+    finally:
+        side.leave()
+
+
+def open_features(config: TrainConfig, model: Model, ring: TrainerSide | None) -> FeatureSource:
     """The source of features that `--mode` and `--ring` ask for.
 
     Args:
         model: still on the CPU, in fp32.
+        ring: as `entered_ring` gave it.
 
     Raises:
-        CacheError: the cache is not there, foreign or damaged; another training has the ring.
+        CacheError: the cache is not there, foreign or damaged.
     """
     vision, max_tiles = model.vision, model.config.max_tiles
     cut = {"tile_size": vision.tile_size, "max_tiles": max_tiles}
-    if config.ring:
-        return _open_ring(config, model)
+    if ring is not None:
+        return _open_ring(config, model, ring)
     if config.mode == "features":
         assert config.cache is not None, "the config was validated"
         return CachedFeatures(
@@ -110,9 +130,7 @@ def open_features(config: TrainConfig, model: Model) -> FeatureSource:
     return StreamedFeatures(LiveTrunk(vision, config.precision), config.out / BROKEN, **cut, fingerprint=fingerprint)
 
 
-def _open_ring(config: TrainConfig, model: Model) -> RingFeatures:
-    assert config.ring is not None, "it was asked for"
-    assert config.cache is not None, "the config was validated"
+def _open_ring(config: TrainConfig, model: Model, side: TrainerSide) -> RingFeatures:
     vision, codec = model.vision, config.codec or EncodeConfig.codec
     task = RingTask(
         data=(*config.data, *([] if config.validation is None else [config.validation])),
@@ -125,7 +143,7 @@ def _open_ring(config: TrainConfig, model: Model) -> RingFeatures:
         width=vision.width,
     )
     manifest = manifest_of(vision.fingerprint(), tile_size=task.tile_size, max_tiles=task.max_tiles, codec=codec)
-    return RingFeatures(RingPaths(config.cache, config.ring), task, manifest, config.out / BROKEN)
+    return RingFeatures(side, task, manifest, config.out / BROKEN)
 
 
 def encode_command(config: TrainConfig, data: str, encode_options: Sequence[str]) -> str:

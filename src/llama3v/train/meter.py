@@ -7,6 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -123,11 +124,12 @@ class ProgressLine:
     """A live line on a terminal; elsewhere a plain line now and then."""
 
     PLAIN_LINES = 20  # over the whole run, where the output is not a terminal
+    SECONDS_BETWEEN_NOTES = 60.0
 
     def __init__(self, console: Console, title: str, steps: int, done: int, priced: bool) -> None:
         self._console, self._title, self._steps, self._priced = console, title, steps, priced
         self._every = max(1, steps // self.PLAIN_LINES)
-        self._noted = ""
+        self._noted = -inf  # when the last note was printed
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -155,11 +157,12 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """What the run does at the moment instead of a step; empty where that is over. May be called in a thread."""
-        if text:
-            self._progress.update(self._task, text=text)
-            if not self._console.is_terminal and text != self._noted:
-                self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True, markup=False)
-        self._noted = text
+        if not text:
+            return
+        self._progress.update(self._task, text=text)
+        if not self._console.is_terminal and perf_counter() - self._noted > self.SECONDS_BETWEEN_NOTES:
+            self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True, markup=False)
+            self._noted = perf_counter()
 
     def say(self, text: str) -> None:
         """A lasting line above the live one."""

@@ -21,7 +21,7 @@ from llama3v.train import curves, stages
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.features.base import Demand
-from llama3v.train.inputs import Inputs, open_features, open_inputs
+from llama3v.train.inputs import Inputs, entered_ring, open_features, open_inputs
 from llama3v.train.loop import Loop, Schedule, set_modes
 from llama3v.train.meter import Meter, MetricsLog, ProgressLine, trim_metrics
 from llama3v.train.prepared import PreparedData
@@ -107,11 +107,12 @@ def _run(stage: _Stage, console: Console) -> dict[str, Any]:
 
 def _train(stage: _Stage, console: Console, stack: ExitStack) -> dict[str, Any]:
     config, begun = stage.config, perf_counter()  # loading and preparing belong to the price
+    ring = stack.enter_context(entered_ring(config))
     model, tokenizer = stage.load()
     groups, lines = _choose_what_trains(stage, model)
     console.print(stages.as_table(lines, f"What trains: {stage.title}"))
     checkpoint = _checkpoints(config).load(lambda text: _say(console, text))
-    source = stack.enter_context(closing(open_features(config, model)))
+    source = stack.enter_context(closing(open_features(config, model, ring)))
     inputs = open_inputs(config, model, tokenizer, source, checkpoint, stage.encode_options)
     data, validation = inputs.data, inputs.validation
     plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed)

@@ -11,9 +11,11 @@
 The `.jsonl` files are journals (journal.py). A trainer that starts again begins a new list: the one before counts no more.
 """
 
+import errno
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from llama3v.feature_cache.layout import CachePaths
 from llama3v.model.slicing import Grid
 
 STEPS_IN_APPEND = 1000
+LOCK_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,19 @@ class TrainerSide:
         """Take the ring for this process, until it ends. Raises CacheError where another trainer has it."""
         self.paths.directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.paths.trainer_lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        for _ in range(LOCK_ATTEMPTS):  # an encoder may just be looking whether we are there
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        else:
+            self.leave()
             raise CacheError(
                 f"another training uses the ring {self.paths.name} ({self.paths.directory}); choose another --ring"
-            ) from error
+            )
         self._start = max((entry["start"] for entry in journal.read(self.paths.trainer)), default=0) + 1
 
     def leave(self) -> None:
@@ -189,6 +199,18 @@ class Position:
                     self.consumed = entry["consumed"]
                 elif "done" in entry:
                     self.done = True
+
+
+def trainer_is_there(paths: RingPaths) -> bool:
+    """Whether a trainer has the ring; it may still be loading its model or its data."""
+    if not paths.trainer_lock.exists():
+        return False
+    with paths.trainer_lock.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return False
 
 
 def failures(paths: RingPaths) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ from llama3v.feature_cache.pipeline import Picture, Preparer, make_batches, one_
 from llama3v.feature_cache.presence import wait_to_be_alone
 from llama3v.feature_cache.progress import EncodeProgress
 from llama3v.feature_cache.ring.claims import Claims
-from llama3v.feature_cache.ring.files import Position, RingPaths, Start, WantedImage, failures
+from llama3v.feature_cache.ring.files import Position, RingPaths, Start, WantedImage, failures, trainer_is_there
 from llama3v.feature_cache.ring.plan import Sizes, choose, in_words, smallest_bound
 from llama3v.feature_cache.ring.wanted import Wanted
 from llama3v.feature_cache.ring.writer import RingWriter
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.2
 """Between two looks at what the trainer has done, while there is nothing to encode."""
-PATIENCE_SECONDS = 1800.0
-"""How long to wait for a trainer to begin the ring."""
+PATIENCE_SECONDS = 6 * 3600.0
+"""How long to wait for a trainer to begin the ring; reading through large data takes it hours."""
+OVER_SECONDS = 30.0
+"""How long to wait for one where the last training is over."""
 SHARDS_IN_BOUND = 16
 """At least: shards of a small ring are smaller than others."""
 SHARDS_IN_ROUND = 8
@@ -81,7 +83,7 @@ class Following:
         self._largest = 0
 
     def run(self) -> None:
-        """Until the trainer is done. A training that was done before is not waited for, but the next one."""
+        """Until the trainer is done."""
         self._wait_for_start()
         while not self.position.done:
             start = self.position.start
@@ -153,9 +155,10 @@ class Following:
             if self.position.start is not None and not self.position.done:
                 return self.say("")
             self.say(f"waiting for a training with --ring {self.ring.name} --cache {self.ring.cache}")
+            over = self.position.done and not trainer_is_there(self.ring)  # unless the next one is about to begin
+            if over and time.monotonic() - began > OVER_SECONDS:
+                return None
             if time.monotonic() - began > PATIENCE_SECONDS:
-                if self.position.done:
-                    return None
                 raise CacheError(
                     f"no training has begun the ring {self.ring.name} ({self.ring.directory}); start one with "
                     f"--ring {self.ring.name} --cache {self.ring.cache}, or correct --follow"
@@ -190,7 +193,8 @@ class _OneStart:
         self._failed: set[str] = set()  # in this start
         self._broken = {entry["key"] for entry in failures(self.ring)}  # in any
         self._sources: dict[int, AddressableSource] = {}
-        self._checked_until = start.step
+        self._checked_until = start.step  # the bound is large enough for all steps before
+        self._complete, self._losses = start.step, 0  # steps before lack nothing, as long as nothing is lost
 
     def run(self) -> None:
         """Until the trainer is done or starts again."""
@@ -216,10 +220,12 @@ class _OneStart:
         self._check_bound()
         stock.refresh()
         self.following.measured(stock.used())
+        if stock.losses != self._losses:
+            self._losses, self._complete = stock.losses, 0
         room = stock.room(self.wanted)
         found = choose(
             self.wanted,
-            self.position,
+            max(self.position.consumed, self._complete),
             stock.keys,
             self._failed,
             room,
@@ -227,6 +233,7 @@ class _OneStart:
             self.claims,
             SHARDS_IN_ROUND * self.writer.shard_bytes,
         )
+        self._complete = found.complete
         if found.images:
             self.following.say("")
             self._encode(found.images, pool)

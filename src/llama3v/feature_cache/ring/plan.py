@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from llama3v.feature_cache.codecs import Codec
 from llama3v.feature_cache.ring.claims import Claims
-from llama3v.feature_cache.ring.files import Position, Start, WantedImage
+from llama3v.feature_cache.ring.files import Start, WantedImage
 from llama3v.feature_cache.ring.stock import Room
 from llama3v.feature_cache.ring.wanted import Wanted
 
@@ -42,16 +42,18 @@ class Round:
         images: nearest first; all of them fit.
         blocked_at: the first step that lacks an image for which there is no room; None where all is there or under way.
         shared: whether another encoder is at work on an earlier step.
+        complete: steps before this one lack nothing.
     """
 
     images: list[WantedImage] = field(default_factory=list)
     blocked_at: int | None = None
     shared: bool = False
+    complete: int = 0
 
 
 def choose(
     wanted: Wanted,
-    position: Position,
+    first: int,
     present: Container[str],
     failed: Container[str],
     room: Room,
@@ -62,16 +64,18 @@ def choose(
     """The images that steps lack, nearest first, as many as fit, up to about `most` bytes. Their steps are claimed.
 
     Args:
+        first: the first step to look at.
         present: keys that are there. failed: keys that cannot be encoded.
     """
-    chosen, total = Round(), 0
+    chosen, total = Round(complete=max(first, wanted.end)), 0
     met: set[str] = set()
-    for step, images in wanted.steps(position.consumed):
+    for step, images in wanted.steps(first):
         missing = [
             image for image in images if image.key not in met and image.key not in present and image.key not in failed
         ]
         if not missing:
             continue
+        chosen.complete = min(chosen.complete, step)
         met.update(image.key for image in missing)
         if not claims.take(step):
             chosen.shared = True

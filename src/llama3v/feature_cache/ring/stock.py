@@ -30,10 +30,13 @@ class Stock:
 
     Args:
         bound: bytes that they may take.
+
+    Attributes:
+        losses: grows whenever anything that was there is gone.
     """
 
     def __init__(self, paths: CachePaths, bound: int) -> None:
-        self.paths, self.bound = paths, bound
+        self.paths, self.bound, self.losses = paths, bound, 0
         self._index = Index(paths)
         self._damaged = 0
         self._shards: dict[str, _Shard] = {}
@@ -52,7 +55,11 @@ class Stock:
         """
         self._index.refresh()
         self._index.set_aside([(shard, "", reason) for shard, reason in self._index.broken.items()])
-        known = self._shards if len(self._index.damaged) == self._damaged else {}
+        newly_damaged = len(self._index.damaged) != self._damaged
+        if not newly_damaged and self._index.shards.keys() == self._shards.keys():
+            return
+        self.losses += newly_damaged or not self._index.shards.keys() >= self._shards.keys()
+        known = {} if newly_damaged else self._shards
         self._damaged = len(self._index.damaged)
         self._shards = {name: known.get(name) or self._describe(name) for name in self._index.shards}
         self._keys = {key for shard in self._shards.values() for key in shard.keys}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
-from llama3v.feature_cache.layout import Manifest, fingerprint_of, write_manifest
+from llama3v.feature_cache.layout import Manifest, fingerprint_of, fingerprints, write_manifest
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.ring.files import RingPaths, Start, TrainerSide, WantedImage
 from llama3v.feature_cache.ring.follow import free_ring
@@ -26,6 +26,8 @@ from llama3v.train.locations import Locate
 
 LOOK_SECONDS = 0.1
 """Between two looks for features that are waited for."""
+UNTOLD_SECONDS = 1.0
+"""A wait that is shorter is only counted."""
 PATIENCE_SECONDS = 1800.0
 """Without a new shard in that time, no encoder seems to be at work."""
 REFRESH_SECONDS = 5.0
@@ -53,16 +55,16 @@ class RingFeatures(FeatureSource):
     """Reads what encoders leave in a ring.
 
     Args:
+        side: of a ring that this process has entered.
         manifest: of the features. broken: the file of the run that says which images turned out to be broken.
     """
 
     needs_files = True
 
-    def __init__(self, ring: RingPaths, task: RingTask, manifest: Manifest, broken: Path) -> None:
+    def __init__(self, side: TrainerSide, task: RingTask, manifest: Manifest, broken: Path) -> None:
         self.lookup, self.fingerprint = ImageHeaders(task.tile_size, task.max_tiles), fingerprint_of(manifest)
-        self._ring, self._task, self._manifest, self._broken = ring, task, manifest, BrokenImages(broken)
-        self._side = TrainerSide(ring)
-        self._side.enter()
+        self._side, self._ring = side, side.paths
+        self._task, self._manifest, self._broken = task, manifest, BrokenImages(broken)
         self._say: Say = lambda text: None
         self._stopped = False
         self._refreshing, self._refreshed = threading.Lock(), 0.0
@@ -73,6 +75,8 @@ class RingFeatures(FeatureSource):
     def expect(self, demand: Demand) -> None:
         self._demand, self._listed = demand, demand.step
         write_manifest(self._ring.features(self.fingerprint), self._manifest)
+        for other in set(fingerprints(self._ring.directory)) - {self.fingerprint}:
+            free_ring(self._ring, other)  # left by a training of other features that never ended
         start = Start(
             number=self._side.start,
             step=demand.step,
@@ -105,9 +109,6 @@ class RingFeatures(FeatureSource):
     def finished(self) -> None:
         self._side.done()
         free_ring(self._ring, self.fingerprint)
-
-    def close(self) -> None:
-        self._side.leave()
 
     def report_waiting(self, say: Say) -> None:
         self._say = say
@@ -147,17 +148,19 @@ class RingFeatures(FeatureSource):
         """
         if all(key in self._reader for key in keys):
             return
-        began, shards = time.monotonic(), self._shards()
+        began = committed = time.monotonic()
+        shards = self._shards()
         while missing := [key for key in keys if key not in self._reader]:
             self._refuse_failed(missing)
             if self._stopped:
                 raise StoppedError
             if (now := self._shards()) - shards:
-                began = time.monotonic()
+                committed = time.monotonic()
             shards = now
-            if time.monotonic() - began > PATIENCE_SECONDS:
+            if time.monotonic() - committed > PATIENCE_SECONDS:
                 raise self._nobody(missing)
-            self._say("waiting for the encoder")
+            if time.monotonic() - began > UNTOLD_SECONDS:
+                self._say("waiting for the encoder")
             self._refresh()
             if any(key not in self._reader for key in missing):
                 time.sleep(LOOK_SECONDS)
