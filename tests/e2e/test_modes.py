@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,29 @@ def test_fine_tuning_streams_too(tmp_path: Path, runs: dict[str, Path], data: Pa
         )
         run.sft(config, console=quiet())
     assert losses(tmp_path / "stream") == losses(tmp_path / "features")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_fine_tuning_from_a_ring_is_fine_tuning_from_the_whole_cache(
+    tmp_path: Path, runs: dict[str, Path], data: Path, codec: Any
+) -> None:
+    model, cache = str(runs["stream"]), tmp_path / "cache"
+    encode(EncodeConfig(data=str(data), vision=model, cache=cache, codec=codec, max_bad_ratio=0.2))
+    options: dict[str, Any] = {"data": (str(data),), "model": model, "row_tokens": 128, "rows_per_step": 1}
+    options |= {"steps": 20, "cache": cache, "codec": codec, "policy": "seed", "max_bad_ratio": 0.2}
+    options |= {"checkpoint_every": 2, "validation": str(data), "validation_samples": 2, "validate_every": 7}
+    run.sft(SftConfig(out=tmp_path / "plain", **options), console=quiet())
+
+    summaries: list[dict[str, Any]] = []
+    following = EncodeConfig(cache=cache, follow="ring", max_disk="60kB", out=tmp_path / "encoder")
+    encoder = threading.Thread(target=lambda: summaries.append(encode(following)))
+    encoder.start()
+    run.sft(SftConfig(out=tmp_path / "out", ring="ring", **options), console=quiet())
+    encoder.join()
+    assert losses(tmp_path / "out") == losses(tmp_path / "plain")
+    [summary] = summaries
+    assert summary["largest_bytes"] <= 60_000
+    assert not list((cache / "rings" / "ring").glob("*/shards/*"))
 
 
 def test_an_image_that_breaks_after_planning_stops_the_run_and_mended_it_goes_on(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,12 @@ from llama3v.feature_cache.codecs import CODECS
 from llama3v.feature_cache.encode import Counts
 from llama3v.feature_cache.layout import fingerprint_of, write_manifest
 from llama3v.feature_cache.reader import CacheReader
-from llama3v.feature_cache.ring import follow
 from llama3v.feature_cache.ring.claims import Claims
 from llama3v.feature_cache.ring.files import Position, RingPaths, Start, TrainerSide, WantedImage
 from llama3v.feature_cache.ring.plan import Sizes, choose, in_words, smallest_bound
 from llama3v.feature_cache.ring.stock import Room, file_bytes
 from llama3v.feature_cache.ring.wanted import Wanted
+from llama3v.feature_cache.ring.work import Work
 from llama3v.feature_cache.ring.writer import RingWriter
 from llama3v.model.slicing import Grid
 
@@ -347,23 +346,17 @@ def test_nothing_is_committed_for_a_training_that_is_over(tmp_path: Path) -> Non
 # All of it, with an encoder that only copies
 
 
-class Encoder(follow._OneStart):
+class Encoder(Work):
     """Encodes by copying `features_of`."""
 
     def __init__(self, trainer: Trainer, bound: int) -> None:
         position = Position(trainer.paths)
         position.refresh()
         config = EncodeConfig(cache=trainer.paths.cache, follow="ring", max_disk=f"{bound}B")
-        following: Any = SimpleNamespace(
-            config=config,
-            ring=trainer.paths,
-            position=position,
-            counts=Counts(),
-            open_encoder=lambda start: None,
-            say=lambda text: None,
-            measured=lambda used: None,
+        nothing: Any = None
+        super().__init__(
+            config, trainer.paths, trainer.start, position, nothing, 0, Counts(), lambda text: None, lambda used: None
         )
-        super().__init__(following, trainer.start)
         self.pool = ThreadPoolExecutor(1)
 
     def work(self) -> bool:
