@@ -43,6 +43,14 @@ def _bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix.replace("K", "k") or " "))
 
 
+def _is_default(options: object, name: str) -> bool:
+    return getattr(options, name) == type(options).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _is_part(part: str) -> bool:
     number, _, parts = part.partition("/")
     return number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)
@@ -137,6 +145,11 @@ class EncodeConfig:
         _require(
             self.max_disk is None or _bytes(self.max_disk) > 0,
             f"--max-disk is {self.max_disk}; give a number with a unit, such as 200GB",
+        )
+        fixed = [name for name in ("cut", "max_tiles", "codec", "limit") if not _is_default(self, name)]
+        _require(
+            not (self.follow and fixed),
+            f"with --follow the training says what is encoded; leave {', '.join(map(_option, fixed))} away",
         )
         _require(
             not self.follow or (not self.part and not self.ray_workers and self.mode == "features"),

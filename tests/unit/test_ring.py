@@ -453,6 +453,7 @@ def test_bytes_in_words() -> None:
         ({"follow": "../a", "max_disk": "1GB"}, "give the NAME"),
         ({"follow": "a", "max_disk": "1GB", "data": "b"}, "leave --data away"),
         ({"follow": "a", "max_disk": "1GB", "part": "1/2"}, "shares the work by itself"),
+        ({"follow": "a", "max_disk": "1GB", "codec": "int8", "max_tiles": 0}, "leave --max-tiles, --codec away"),
         ({"data": "a"}, "give --data and --vision"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama3v.config import EncodeConfig
@@ -35,17 +36,24 @@ def follow(config: EncodeConfig) -> dict[str, Any]:
     assert config.follow is not None, "the config was validated"
     ring = RingPaths(config.cache, config.follow)
     following = Following(config, ring)
+    out = config.out or ring.directory / "encoders" / f"{host_tag()}-{os.getpid()}"
     try:
         with sigterm_as_interrupt(), following.progress:
             following.run()
-    finally:
-        summary = following.summary()
-        with suppress(CacheError):
-            out = config.out or ring.directory / "encoders" / f"{host_tag()}-{os.getpid()}"
-            out.mkdir(parents=True, exist_ok=True)
-            write_summary(out / "summary.json", summary)
+    except BaseException:
+        with suppress(CacheError, OSError):  # what stopped us is the news
+            _write(out, following.summary())
+        raise
+    summary = following.summary()
+    _write(out, summary)
     print(f"ring {ring.name}: {summary['encoded']:,} images encoded ({summary['tiles']:,} tiles); the training is done")
     return summary
+
+
+def _write(out: Path, summary: dict[str, Any]) -> None:
+    if summary["begun"]:  # else the name may be a wrong one
+        out.mkdir(parents=True, exist_ok=True)
+        write_summary(out / "summary.json", summary)
 
 
 class Following:
@@ -88,6 +96,7 @@ class Following:
         counts, seconds = self.counts, time.perf_counter() - self._began
         return {
             "ring": self.ring.name,
+            "begun": self.position.start is not None,
             "encoded": counts.encoded,
             "tiles": counts.tiles,
             "left_out": counts.left_out,
