@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from llama3v.errors import CheckpointError, ConfigError
@@ -63,6 +62,8 @@ class VisionTower(nn.Module):
 
     def fingerprint(self) -> dict[str, str]:
         """What cached features depend on, in words: kind, geometry, cut and a hash of the trunk's weights."""
+        import xxhash
+
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.trunk_parameters().items()):
             digest.update(name.encode())

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -265,6 +264,8 @@ def restore_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tens
 
 def file_digest(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hexadecimal."""
+    import xxhash
+
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(16 * 2**20):
@@ -301,5 +302,7 @@ def _flush(path: Path) -> None:
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
+    import xxhash
+
     # through JSON once, so that what was written and what is read back (tuples -> lists) have one form
     return xxhash.xxh3_128(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from llama3v.data.sources.base import AddressableSource, ImageRef
 from llama3v.errors import DataError
-from llama3v.feature_cache.index import SortedKeys
 from llama3v.model.slicing import Grid
 
 LOCATIONS = "locations.safetensors"
@@ -73,6 +72,8 @@ class Locations:
     """What a LocationsWriter wrote."""
 
     def __init__(self, directory: Path) -> None:
+        from llama3v.feature_cache.index import SortedKeys
+
         arrays = load_file(directory / LOCATIONS)
         halves = np.ascontiguousarray(arrays["keys"]).view(">u8").astype(np.uint64)
         self._keys = SortedKeys(halves[:, 0], halves[:, 1])

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COUNTED = ("visual_tokens", "text_tokens", "supervised_tokens", "tiles")
 WINDOW = 20  # steps over which rates are averaged
@@ -126,7 +126,9 @@ class ProgressLine:
     PLAIN_LINES = 20  # over the whole run, where the output is not a terminal
     SECONDS_BETWEEN_NOTES = 60.0
 
-    def __init__(self, console: Console, title: str, steps: int, done: int, priced: bool) -> None:
+    def __init__(self, console: "Console", title: str, steps: int, done: int, priced: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self._console, self._title, self._steps, self._priced = console, title, steps, priced
         self._every = max(1, steps // self.PLAIN_LINES)
         self._noted = -inf  # when the last note was printed

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from safetensors.numpy import load_file, save_file
 
 from llama3v.model.slicing import Grid
@@ -188,6 +187,8 @@ def _locations_digest(directory: Path) -> str:
 
 
 def _digest(directory: Path, names: tuple[str, ...]) -> str:
+    import xxhash
+
     digest = xxhash.xxh3_128()
     for name in names:
         with (directory / name).open("rb") as file:
