@@ -11,12 +11,14 @@ The trunk of the vision tower never trains: its output is what the cache holds.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.table import Table
 from torch import nn
 
 from llama3v.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Stage = Literal["pretrain", "sft"]
 PRETRAIN_POLICY = "projector"
@@ -144,8 +146,10 @@ def apply(lines: Sequence[Line], model: nn.Module, weight_decay: float = 0.0) ->
     return groups
 
 
-def as_table(lines: Sequence[Line], title: str) -> Table:
+def as_table(lines: Sequence[Line], title: str) -> "Table":
     """The table that is printed before step 1."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("parameters named")
     for heading in ("tensors", "parameters", "learning rate"):

@@ -6,14 +6,17 @@ again on the machine that encodes.
 """
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama3v.config import Precision
 from llama3v.errors import ConfigError
 from llama3v.model.vision import SiglipTower, VisionTower
+
+if TYPE_CHECKING:
+    from llama3v.config import Precision
 
 PATCHES_IN_PASS = 1024
 """On a CPU, a pass takes about this many patches (one tile of 384 pixels): more of them no longer fill its caches
@@ -35,7 +38,7 @@ class TrunkEncoder(ABC):
     into_pinned_memory = False
     """Whether features come from a GPU that copies faster into such memory."""
 
-    def __init__(self, tower: VisionTower, precision: Precision, tiles_in_pass: int) -> None:
+    def __init__(self, tower: VisionTower, precision: "Precision", tiles_in_pass: int) -> None:
         self.precision = precision
         self.tiles_in_pass = tiles_in_pass
         self._shape = (tower.grid_side**2, tower.width)

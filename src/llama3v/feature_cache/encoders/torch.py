@@ -1,15 +1,18 @@
 """The trunk in PyTorch: CPU, CUDA or Apple's GPU, as it is or through torch.compile. The default, without extras."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama3v.config import Precision
 from llama3v.errors import ConfigError
 from llama3v.feature_cache.encoders.base import NormalisedTrunk, TrunkEncoder, tiles_per_pass
 from llama3v.model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from llama3v.config import Precision
 
 
 class TorchEncoder(TrunkEncoder):
@@ -20,7 +23,7 @@ class TorchEncoder(TrunkEncoder):
 
     name = "torch"
 
-    def __init__(self, tower: VisionTower, precision: Precision, batch_tiles: int) -> None:
+    def __init__(self, tower: VisionTower, precision: "Precision", batch_tiles: int) -> None:
         self._device = best_device()
         on_cpu = self._device.type == "cpu"
         super().__init__(tower, precision, tiles_per_pass(batch_tiles, tower.grid_side**2) if on_cpu else batch_tiles)
@@ -46,7 +49,7 @@ class CompiledTorchEncoder(TorchEncoder):
 
     name = "torch-compile"
 
-    def __init__(self, tower: VisionTower, precision: Precision, batch_tiles: int) -> None:
+    def __init__(self, tower: VisionTower, precision: "Precision", batch_tiles: int) -> None:
         super().__init__(tower, precision, batch_tiles)
         self._trunk = torch.compile(self._trunk, dynamic=False)  # type: ignore[assignment]
         side = tower.tile_size
