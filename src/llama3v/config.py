@@ -22,6 +22,7 @@ Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "au
 # What may stay unset: its description says what happens then, so help does not add "(default: None)".
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+MaybeFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -269,8 +270,14 @@ class TrainConfig:
     """Use only the first N samples of each data set."""
     max_bad_ratio: float = 0.05
     """Stop when more than this share of the samples cannot be used."""
+    preemption_hours: MaybeFloat = None
+    """Mean hours between preemptions of this machine. Checkpoints are then written as often as loses the least
+    time (Young's formula, from what a save takes), instead of every `checkpoint_every` steps."""
     dollars_per_hour: float = 0.0
     """Price of this machine, to state what the run costs."""
+    budget: MaybeFloat = None
+    """Dollars that the run may cost, all its parts together (needs `dollars_per_hour`): before it costs more, it
+    writes a checkpoint and stops, to go on under a higher budget."""
 
     def __post_init__(self) -> None:
         _require(len(self.data) > 0, "--data is empty; name at least one data set")
@@ -286,6 +293,18 @@ class TrainConfig:
         )
         _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
         _require(self.checkpoint_every >= 1, f"--checkpoint-every is {self.checkpoint_every}; give 1 or more")
+        _require(
+            self.preemption_hours is None or self.preemption_hours > 0,
+            f"--preemption-hours is {self.preemption_hours}; give more than 0",
+        )
+        _require(
+            self.preemption_hours is None or self.ring is None,
+            "--preemption-hours has no meaning with --ring, which counts on a checkpoint every --checkpoint-every steps",
+        )
+        _require(
+            self.budget is None or (self.budget > 0 and self.dollars_per_hour > 0),
+            "--budget is counted in dollars: give more than 0, and the price of this machine as --dollars-per-hour",
+        )
         _require(self.keep_checkpoints >= 1, f"--keep-checkpoints is {self.keep_checkpoints}; give 1 or more")
 
 

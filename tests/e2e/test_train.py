@@ -15,6 +15,7 @@ from llama3v.errors import CacheError, CheckpointError, ConfigError, DataError, 
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.model.llama3v import load_model
 from llama3v.train import loop, run
+from llama3v.train.meter import Meter
 from llama3v.train.signals import StopRequest
 
 CUT = 1  # of 2 layers: a top remains for policy seed
@@ -103,6 +104,7 @@ def test_a_run_leaves_what_it_promises(stage1):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
+    assert all(0 < r["mfu"] < 10 and r["memory_gb"] > 0 and r["seconds_left"] >= 0 for r in records if "loss" in r)
     assert summary["visual_tokens"] == sum(r["visual_tokens"] for r in records if "loss" in r) > 0
     assert summary["validation_loss_shuffled"] > 0
     assert summary["validation_shuffled"] == summary["validation_samples"] == 16
@@ -193,6 +195,39 @@ def test_an_interrupted_run_resumes_to_the_same_bits(interrupted, stage1, stage1
     for name in ("visual_tokens", "text_tokens", "supervised_tokens", "tiles"):
         assert summary[name] == stage1[1][name]
     assert summary["seconds"] > before["seconds"]
+
+
+def test_a_run_stops_at_its_budget_and_goes_on_under_a_higher_one(tmp_path, monkeypatch, stage1, stage1_options):
+    total = stage1[1]["tiles"]
+    monkeypatch.setattr(Meter, "dollars", property(lambda meter: float(meter.counts["tiles"])))  # a dollar a tile
+    options = {**stage1_options, "dollars_per_hour": 1e-9}
+    for _ in range(2):  # the second time it is at the end of its budget already
+        console = quiet()
+        with pytest.raises(SystemExit) as stopped:
+            run.pretrain(PretrainConfig(out=tmp_path, budget=total / 2, **options), console=console)
+        assert stopped.value.code == 3
+        said = re.search(r"stopped by the budget of \$(\S+) .* after step (\d+) of 12; (.*)", console.export_text())
+        assert said is not None
+        assert 1 < int(said[2]) < 12
+        assert "its checkpoint is written: run the same command with a higher --budget" in said[3]
+        assert (tmp_path / "checkpoints" / f"step-{int(said[2]):08d}").is_dir()
+    summary = run.pretrain(PretrainConfig(out=tmp_path, budget=2.0 * total, **options), console=quiet())
+    assert summary["tiles"] == total
+    assert losses(tmp_path) == losses(stage1[0])
+
+
+def test_checkpoints_for_a_machine_that_is_preempted_change_no_bit(tmp_path, stage1, stage1_options):
+    run.pretrain(PretrainConfig(out=tmp_path, preemption_hours=1e-6, **stage1_options), console=quiet())
+    assert losses(tmp_path) == losses(stage1[0])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[1:] == ["step-00000011", "step-00000012"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 5.0}, {"budget": 0.0, "dollars_per_hour": 1.0}, {"preemption_hours": 0.0}]
+)
+def test_options_of_price_and_preemption_must_make_sense(tmp_path, stage1_options, options):
+    with pytest.raises(ConfigError, match=r"give more than 0"):
+        PretrainConfig(out=tmp_path, **stage1_options, **options)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ class Batch:
     def tiles(self) -> int:
         return 0 if self.features is None else len(self.features)
 
+    @property
+    def attention_pairs(self) -> int:
+        """(query, key) pairs of all samples: a token sees itself and those of its sample before it."""
+        return int(((self.positions + 1) * (self.segments > 0)).sum())
+
     def to(self, device: torch.device) -> "Batch":
         """The same on another device; from pinned memory the copy runs beside the computation."""
         if device.type == "cpu":

@@ -27,7 +27,8 @@ from llama3v.train.checkpoint import (
 )
 from llama3v.train.features.base import FeatureSource, StoppedError
 from llama3v.train.loss import supervised_loss
-from llama3v.train.meter import COUNTED, Meter, MetricsLog, ProgressLine
+from llama3v.train.meter import COUNTED, Meter, MetricsLog, Record
+from llama3v.train.pace import Pace
 from llama3v.train.signals import StopRequest
 
 MOST_BAD_STEPS = 5
@@ -52,7 +53,6 @@ class Schedule:
     warmup: float
     clip_norm: float
     bf16: bool
-    checkpoint_every: int
     validate_every: int | None
 
     def validates_after(self, step: int) -> bool:
@@ -68,6 +68,8 @@ class Loop:
         make: number of a pass -> its rows (batches.make_pass).
         source: where their features come from.
         state: what every checkpoint stores beside the progress (see run.py).
+        pace: says after which steps a checkpoint is due.
+        watchers: are told each step's metrics line before it is written: they may add to it, and ask for a stop.
         validate: measures, and returns its part of a metrics line; None where there is nothing to measure on.
     """
 
@@ -80,6 +82,8 @@ class Loop:
     metrics: MetricsLog
     checkpoints: Checkpoints
     state: dict[str, Any]
+    pace: Pace
+    watchers: Sequence[Callable[[Record], None]] = ()
     validate: Callable[[], dict[str, Any]] | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -87,7 +91,7 @@ class Loop:
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._saved_at = self.progress.step
 
-    def run(self, line: ProgressLine, stop: StopRequest) -> bool:
+    def run(self, stop: StopRequest) -> bool:
         """Train to the last step; False where `stop` was asked for before (a checkpoint is written then)."""
         last, per_step = self.schedule.steps, self.schedule.passes_per_step
         ahead = Ahead(self.make, range(self.progress.step * per_step, last * per_step))
@@ -100,10 +104,11 @@ class Loop:
                     record = self._step_or_save(ahead)
                 except StoppedError:  # asked for while a step waited for features
                     continue
+                for watcher in self.watchers:
+                    watcher(record)
                 self.metrics.append(record)
-                line.show(record)
                 self._measure_if_due()
-                if self.progress.step % self.schedule.checkpoint_every == 0 or self.progress.step == last:
+                if self.pace.due(self.progress.step) or self.progress.step == last:
                     self.save()
         finally:
             self.source.stop()
@@ -114,6 +119,7 @@ class Loop:
         """Write a checkpoint of where the run stands, if there is none of this step yet."""
         if self.progress.step == self._saved_at:
             return
+        begun = perf_counter()
         self.metrics.sync()
         state = {
             **self.state,
@@ -124,6 +130,7 @@ class Loop:
         }
         self.checkpoints.save(self.progress.step, state, dict(self.trained), optimizer_tensors(self.optimizer))
         self._saved_at = self.progress.step
+        self.pace.saved(self.progress.step, perf_counter() - begun, self.meter.step_seconds)
         self.source.checkpointed(self.progress.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -1,22 +1,44 @@
-"""One clock for a run: throughput, waiting, time and dollars so far and to come. It survives resume.
+"""One clock for a run: throughput, use of the device, waiting, memory, time and dollars so far and to come.
 
-Every step is one line of metrics.jsonl; on a terminal a live line shows the same.
+It survives resume. Every step is one line of metrics.jsonl; trackers and the display are told the same line.
 """
 
 import json
 import os
+import resource
+import sys
 from collections import deque
-from collections.abc import Iterator
-from math import inf
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-COUNTED = ("visual_tokens", "text_tokens", "supervised_tokens", "tiles")
+COUNTED = ("visual_tokens", "text_tokens", "supervised_tokens", "tiles", "attention_pairs")
+RATED = COUNTED[:4]  # of these, rates are worth showing
 WINDOW = 20  # steps over which rates are averaged
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the work runs on, for the meter.
+
+    Attributes:
+        flops: counts of a step -> its floating-point operations (plan/flops.py).
+        gemm_rate: matrix products of one device at the run's precision, measured at start, in operations per second.
+        memory: bytes that this process has needed at most, on the device.
+        processes: that train together, one device each.
+        summed: adds numbers up over these processes.
+    """
+
+    flops: Callable[[Mapping[str, int]], float]
+    gemm_rate: float
+    memory: Callable[[], int]
+    processes: int = 1
+    summed: Callable[[dict[str, float]], dict[str, float]] = lambda numbers: numbers
 
 
 class Meter:
@@ -24,18 +46,26 @@ class Meter:
 
     Args:
         steps: of the whole run.
-        dollars_per_hour: price of the machine; 0 where it is not to be stated.
+        dollars_per_hour: price of the machine (of all that train together); 0 where it is not to be stated.
         seconds: what earlier parts of the run took, time lost to interruptions after the last checkpoint included.
         counts: what earlier parts of the run have processed.
+        device: without it, use of the device and memory are not told.
     """
 
     def __init__(
-        self, steps: int, dollars_per_hour: float = 0.0, seconds: float = 0.0, counts: dict[str, int] | None = None
+        self,
+        steps: int,
+        dollars_per_hour: float = 0.0,
+        seconds: float = 0.0,
+        counts: Mapping[str, int] | None = None,
+        device: Device | None = None,
     ) -> None:
-        self.steps, self.dollars_per_hour = steps, dollars_per_hour
+        self.steps, self.dollars_per_hour, self.device = steps, dollars_per_hour, device
         self.counts = {name: (counts or {}).get(name, 0) for name in COUNTED}
         self._before, self._started = seconds, perf_counter()
         self._recent: deque[tuple[float, float, dict[str, int]]] = deque(maxlen=WINDOW)  # seconds, waited, counts
+        self._ended = self._started  # of the last step
+        self._between, self._steps_here = 0.0, 0  # seconds between steps, and steps, in this part of the run
 
     @property
     def seconds(self) -> float:
@@ -44,41 +74,81 @@ class Meter:
 
     @property
     def dollars(self) -> float:
-        return self.seconds / 3600 * self.dollars_per_hour
+        return self.price(self.seconds)
 
-    def step(self, step: int, counts: dict[str, int], seconds: float, waited: float) -> dict[str, Any]:
+    @property
+    def step_seconds(self) -> float:
+        """What a step takes, on average over the last ones; 0 before the first."""
+        return sum(seconds for seconds, _, _ in self._recent) / max(1, len(self._recent))
+
+    def price(self, seconds: float) -> float:
+        """Dollars for so long."""
+        return seconds / 3600 * self.dollars_per_hour
+
+    def step(self, step: int, counts: Mapping[str, int], seconds: float, waited: float) -> Record:
         """Count one finished step; returns its part of the metrics line.
 
         Args:
             step: number of steps finished, this one included.
+            counts: what this process processed, by the names in COUNTED.
             seconds: what the step took, of which `waited` were spent waiting for data.
         """
+        counts, waited = self._of_all_processes(counts, waited)
         for name in COUNTED:
             self.counts[name] += counts[name]
         self._recent.append((seconds, waited, counts))
+        now = perf_counter()
+        if self._steps_here:  # before the first there is only loading, which does not come again
+            self._between += max(0.0, now - self._ended - seconds)
+        self._ended, self._steps_here = now, self._steps_here + 1
         total = sum(seconds for seconds, _, _ in self._recent) or 1e-9
-        rates = {f"{name}_per_second": sum(c[name] for _, _, c in self._recent) / total for name in COUNTED}
+        left = (self.steps - step) * (self.step_seconds + self._between / self._steps_here)
         return {
             **counts,
-            **{name: round(rate, 1) for name, rate in rates.items()},
+            **{f"{name}_per_second": round(sum(c[name] for _, _, c in self._recent) / total, 1) for name in RATED},
             "wait_share": round(sum(waited for _, waited, _ in self._recent) / total, 4),
+            **self._use_of_device(total),
             "step_seconds": round(seconds, 4),
             "seconds": round(self.seconds, 2),
-            "seconds_left": round(total / len(self._recent) * (self.steps - step), 1),
+            "seconds_left": round(left, 1),
             "dollars": round(self.dollars, 6),
+            "dollars_left": round(self.price(left), 6),
         }
+
+    def _of_all_processes(self, counts: Mapping[str, int], waited: float) -> tuple[dict[str, int], float]:
+        if self.device is None or self.device.processes == 1:
+            return dict(counts), waited
+        sums = self.device.summed({**counts, "waited": waited})
+        return {name: round(sums[name]) for name in COUNTED}, sums["waited"] / self.device.processes
+
+    def _use_of_device(self, seconds: float) -> Record:
+        """Model FLOPs utilisation, against what the devices' matrix products reach; and memory."""
+        if self.device is None:
+            return {"mfu": None, "memory_gb": None}
+        done = sum(self.device.flops(counts) for _, _, counts in self._recent)
+        mfu = done / seconds / (self.device.gemm_rate * self.device.processes)
+        return {"mfu": round(mfu, 4), "memory_gb": round(self.device.memory() / 1e9, 3)}
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has needed at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per step, flushed at once."""
+    """metrics.jsonl: one line per step, flushed at once; whoever listens is told each line, too."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listeners: Sequence[Callable[[Record], None]] = ()) -> None:
         self.path = path
+        self.listeners = list(listeners)
         self._file = path.open("a")
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        for listener in self.listeners:
+            listener(record)
 
     def sync(self) -> None:
         """Onto the disk; before a checkpoint is committed that will not write these lines again."""
@@ -88,7 +158,7 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path) -> Iterator[Record]:
     """The lines of a metrics file; one that a kill cut short is left out."""
     if not path.is_file():
         return
@@ -118,75 +188,3 @@ def trim_metrics(path: Path, step: int) -> float:
         os.fsync(file.fileno())
     temporary.replace(path)
     return seconds
-
-
-class ProgressLine:
-    """A live line on a terminal; elsewhere a plain line now and then."""
-
-    PLAIN_LINES = 20  # over the whole run, where the output is not a terminal
-    SECONDS_BETWEEN_NOTES = 60.0
-
-    def __init__(self, console: "Console", title: str, steps: int, done: int, priced: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._console, self._title, self._steps, self._priced = console, title, steps, priced
-        self._every = max(1, steps // self.PLAIN_LINES)
-        self._noted = -inf  # when the last note was printed
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=steps, completed=done, text="")
-
-    def __enter__(self) -> "ProgressLine":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Show one step's metrics."""
-        step = record["step"]
-        text = describe(record, priced=self._priced)
-        self._progress.update(self._task, completed=step, text=text)
-        if not self._console.is_terminal and (step % self._every == 0 or step in (1, self._steps)):
-            self._console.print(f"{self._title} {step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        """What the run does at the moment instead of a step; empty where that is over. May be called in a thread."""
-        if not text:
-            return
-        self._progress.update(self._task, text=text)
-        if not self._console.is_terminal and perf_counter() - self._noted > self.SECONDS_BETWEEN_NOTES:
-            self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True, markup=False)
-            self._noted = perf_counter()
-
-    def say(self, text: str) -> None:
-        """A lasting line above the live one."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def describe(record: dict[str, Any], *, priced: bool) -> str:
-    """One step in one line, for people."""
-    tokens = record["visual_tokens_per_second"] + record["text_tokens_per_second"]
-    parts = [
-        f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
-        f"{tokens:,.0f} tokens/s",
-        f"{record['tiles_per_second']:,.1f} tiles/s",
-        f"waiting {record['wait_share']:.0%}",
-        f"{_clock(record['seconds_left'])} left",
-    ]
-    if priced:
-        parts.append(f"${record['dollars']:.2f}" if record["dollars"] >= 0.1 else f"${record['dollars']:.4f}")
-    return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,6 +20,7 @@ FREE = frozenset(
     {
         *("out", "cache", "dollars_per_hour", "checkpoint_every", "keep_checkpoints", "max_bad_ratio"),
         *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode", "ring"),
+        *("budget", "preemption_hours"),
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.

@@ -22,8 +22,8 @@ from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.features.base import Demand
 from llama3v.train.inputs import Inputs, entered_ring, open_features, open_inputs
+from llama3v.train.instruments import open_instruments
 from llama3v.train.loop import Loop, Schedule, set_modes
-from llama3v.train.meter import Meter, MetricsLog, ProgressLine, trim_metrics
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import (
     differences,
@@ -48,8 +48,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> dict[
     Leaves a complete model in `config.out`, with checkpoints, metrics.jsonl, curves.png, ledger.jsonl and
     summary.json. Run again after any interruption to resume; a finished run returns its summary.
 
-    Returns the summary. Raises a Llama3VError for what the user can mend; SystemExit (128 + signal) after a
-    checkpoint on SIGTERM or Ctrl-C.
+    Returns the summary. Raises a Llama3VError for what the user can mend; SystemExit after a
+    checkpoint: 128 + signal on SIGTERM or Ctrl-C, 3 where an option (--budget) asked for the stop.
     """
 
     def load() -> tuple[Model, PreTrainedTokenizerBase]:
@@ -131,35 +131,33 @@ def _train(stage: _Stage, console: Console, stack: ExitStack) -> dict[str, Any]:
     torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     set_modes(model)
     torch.manual_seed(config.seed)
-    meter, metrics = _open_meter(config, checkpoint, steps, begun)
+    instruments = open_instruments(config, stage.name, model, checkpoint, steps, begun)
     loop = Loop(
         model=model,
         optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=True),
         schedule=_schedule(config, plan, steps),
         make=lambda number: make_pass(number, plan, data, source, model.config.image_token_id),
         source=source,
-        meter=meter,
-        metrics=metrics,
+        meter=instruments.meter,
+        metrics=instruments.metrics,
         checkpoints=_checkpoints(config),
         state=state,
+        pace=instruments.pace,
+        watchers=instruments.watchers,
         validate=None if validation is None else lambda: validation.measure(model),
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
         checkpoint = None  # its tensors are copied: let the memory go
-    source.expect(_demand(inputs, plan, loop))
-    priced, done = config.dollars_per_hour > 0, False
-    with StopRequest() as stop, ProgressLine(console, stage.name, steps, loop.progress.step, priced=priced) as line:
+    source.expect(_demand(config, inputs, plan, loop))
+    with StopRequest() as stop, instruments.watching(console, loop.progress.step, stop) as display:
         stop.then(source.stop)
-        source.report_waiting(line.note)
-        try:
-            done = loop.run(line, stop)
-        finally:
-            metrics.close()
+        source.report_waiting(display.note)
+        done = loop.run(stop)
     if not done:
         raise _stopped(console, stop, loop)
     source.finished()
-    curves.draw(metrics.path, config.out / "curves.png", stage.title)
+    curves.draw(instruments.metrics.path, config.out / "curves.png", stage.title)
     save_model(model, tokenizer, config.out)
     summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
     replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -197,17 +195,6 @@ def _identity(
     }
 
 
-def _open_meter(
-    config: TrainConfig, checkpoint: Checkpoint | None, steps: int, begun: float
-) -> tuple[Meter, MetricsLog]:
-    """Both as they stood at the checkpoint; only the time that was spent after it stays spent."""
-    state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "seconds": 0.0, "counts": {}}
-    path = config.out / "metrics.jsonl"
-    spent = max(trim_metrics(path, state["step"]), state["seconds"])
-    seconds = spent + perf_counter() - begun
-    return Meter(steps, config.dollars_per_hour, seconds, state["counts"]), MetricsLog(path)
-
-
 def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
     return Schedule(
         steps=steps,
@@ -215,12 +202,11 @@ def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
         warmup=config.warmup,
         clip_norm=config.clip_norm,
         bf16=config.precision == "bf16",
-        checkpoint_every=config.checkpoint_every,
         validate_every=config.validate_every,
     )
 
 
-def _demand(inputs: Inputs, plan: RowPlan, loop: Loop) -> Demand:
+def _demand(config: TrainConfig, inputs: Inputs, plan: RowPlan, loop: Loop) -> Demand:
     validation, schedule = inputs.validation, loop.schedule
 
     def keys_of(step: int) -> list[str]:
@@ -230,7 +216,7 @@ def _demand(inputs: Inputs, plan: RowPlan, loop: Loop) -> Demand:
         return list(dict.fromkeys(keys))
 
     epoch_steps = -(-len(plan.epoch(0)) // plan.rows_per_step)
-    return Demand(keys_of, loop.progress.step, schedule.steps, epoch_steps, schedule.checkpoint_every)
+    return Demand(keys_of, loop.progress.step, schedule.steps, epoch_steps, config.checkpoint_every)
 
 
 def _describe_data(console: Console, data: PreparedData, plan: RowPlan, fullness: float, steps: int) -> None:
@@ -253,10 +239,9 @@ def _announce_resume(console: Console, checkpoint: Checkpoint | None, steps: int
 
 def _stopped(console: Console, stop: StopRequest, loop: Loop) -> SystemExit:
     """Say in one line how things stand, and with which code to leave."""
-    name = stop.requested.name if stop.requested else "a signal"
     step, steps = loop.progress.step, loop.schedule.steps
     kept = "its checkpoint is written" if step else "there is nothing to keep yet"
-    _say(console, f"stopped by {name} after step {step} of {steps}; {kept}: run the same command to resume")
+    _say(console, f"stopped by {stop.reason} after step {step} of {steps}; {kept}: {stop.advice}")
     return SystemExit(stop.exit_code)
 
 

@@ -1,0 +1,1 @@
+"""What a run will take, by arithmetic. Imports no torch."""
