@@ -1,26 +1,24 @@
-"""Curves as PNG, in two themes, without any global state (no pyplot): for reports and for a run's curves.png."""
+"""Curves as SVG: text that a report holds within itself. Their colours are the page's, so they follow its theme.
+
+A drawing has two widths, one for phones; `.wide` and `.narrow` in the page's style show the one that fits. Nothing but
+the standard library is needed, and a drawing takes milliseconds: every training run ends with some.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from html import escape
 
 Points = Sequence[tuple[float, float | None]]
 """(x, y); None is no value, as in a metrics file whose loss was not finite."""
 
-# More points than this are a cloud: they are drawn faintly, with their running mean on top.
 CLOUD = 200
+"""More points than this are a cloud: they are drawn faintly, with their running mean on top."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a drawing; `series` are told apart also by readers who do not see red and green apart."""
+    """Colours of a page; `series` are told apart also by readers who do not see red and green apart."""
 
     background: str
     text: str
@@ -32,146 +30,250 @@ class Theme:
 LIGHT = Theme("#ffffff", "#1c1f23", "#5d6570", "#e4e7eb", ("#1f6fc4", "#d4681c", "#7a8391", "#178a6a", "#a63d8f"))
 DARK = Theme("#191c20", "#e8eaed", "#a2aab5", "#30353c", ("#6cb0f5", "#f29a55", "#9aa3b0", "#4cc9a4", "#e08bcb"))
 
+LETTER = 6.2  # mean width of a letter at the size that the page's style sets, in the drawing's units
+LINE = 15.0  # height of a line of text
+
 
 @dataclass(frozen=True)
-class End:
-    """Where a line ends, in the data's units."""
+class Frame:
+    """Where the curves lie within a drawing, and how values become places."""
 
-    name: str
-    color: str
-    x: float
-    y: float
+    width: float
+    height: float
+    left: float
+    right: float  # distance from the right edge, where names of curves stand
+    bottom: float  # height below the axis: numbers, its name, and a legend if there is one
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log_y: bool
+    top = 26.0  # height above: the name of the vertical axis
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        low, high = self._scaled(self.y[0]), self._scaled(self.y[1])
+        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
+        up = (self._scaled(y) - low) / ((high - low) or 1)
+        floor = self.height - self.bottom
+        return self.left + across * (self.width - self.left - self.right), floor - up * (floor - self.top)
+
+    def _scaled(self, y: float) -> float:
+        return math.log10(y) if self.log_y else y
 
 
-def draw_lines(
-    series: Mapping[str, Points],
+def draw_lines(series: Mapping[str, Points], x_label: str, y_label: str, *, log_y: bool = False) -> str:
+    """Draw curves; returns two SVG elements, of class `wide` and `narrow`.
+
+    Args:
+        series: name -> points. What cannot be drawn (None, not finite, or not above 0 where `log_y`) leaves a gap. A
+            series of more than CLOUD points is drawn faintly, with its running mean in full colour.
+    """
+    curves = {name: [(float(x), _value(y, log_y)) for x, y in points] for name, points in series.items()}
+    return "".join(
+        _drawing(curves, x_label, y_label, log_y, width=width, height=height, kind=kind)
+        for kind, width, height in (("wide", 760.0, 340.0), ("narrow", 360.0, 290.0))
+    )
+
+
+def _value(y: float | None, log_y: bool) -> float:
+    return math.nan if y is None or not math.isfinite(y) or (log_y and y <= 0) else float(y)
+
+
+def _drawing(
+    curves: Mapping[str, list[tuple[float, float]]],
     x_label: str,
     y_label: str,
+    log_y: bool,
     *,
-    log_y: bool = False,
-    theme: Theme = LIGHT,
-    narrow: bool = False,
-) -> bytes:
-    """Draw curves and return a PNG, about 1300 pixels wide (`narrow`, for phones: 900, with larger letters).
+    width: float,
+    height: float,
+    kind: str,
+) -> str:
+    drawn = [point for points in curves.values() for point in points if not math.isnan(point[1])]
+    about = _text(f"{y_label} over {x_label}: {', '.join(curves)}")
+    head = f'<svg class="plot {kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{about}">'
+    if not drawn:
+        return f"{head}{_label(width / 2, height / 2, 'no values', anchor='middle')}</svg>"
+    names = [name for name, points in curves.items() if any(not math.isnan(y) for _, y in points)]
+    longest = max(map(len, names))
+    has_legend = kind == "narrow" or len(names) > 5 or longest > 24
+    names_at_end = len(names) > 1 and not has_legend
+    ticks = _ticks(min(y for _, y in drawn), max(y for _, y in drawn), log_y)
+    legend_rows = sum(_legend_rows(names, width)) if has_legend and len(curves) > 1 else 0
+    frame = Frame(
+        width=width,
+        height=height,
+        left=8 + LETTER * max(len(_number(tick)) for tick in ticks),
+        right=14 + LETTER * longest if names_at_end else 12,
+        bottom=40 + LINE * legend_rows,
+        x=(min(x for x, _ in drawn), max(x for x, _ in drawn)),
+        y=(min(ticks[0], *(y for _, y in drawn)), max(ticks[-1], *(y for _, y in drawn))),
+        log_y=log_y,
+    )
+    parts = [head, *_axes(frame, ticks, x_label, y_label)]
+    ends: list[tuple[str, int, float, float]] = []
+    for index, (name, points) in enumerate(curves.items()):
+        parts += _curve(frame, points, index)
+        last = [point for point in points if not math.isnan(point[1])][-1:]
+        ends += [(name, index, *frame.place(*point)) for point in last]
+    if names_at_end:
+        parts += _names(ends)
+    elif legend_rows:
+        parts += _legend(ends, frame)
+    return "".join([*parts, "</svg>"])
 
-    `series`: name -> points (x, y). What cannot be drawn (None, not finite, or not above 0 where `log_y`) leaves a
-    gap. A series of more than `CLOUD` points is drawn faintly, with its running mean in full colour.
-    """
-    figure, axes = _empty_axes(x_label, y_label, log_y, theme, narrow)
-    ends: list[End] = []
-    for index, (name, points) in enumerate((_drawn(name), points) for name, points in series.items()):
-        color = theme.series[index % len(theme.series)]
-        x, y = _drawable(points, log_y)
-        if len(x) > CLOUD:
-            axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-            y = running_mean(y, max(3, len(y) // 40))
-        marker = "o" if len(x) == 1 else None
-        axes.plot(x, y, color=color, linewidth=2, solid_capstyle="round", marker=marker, label=name)
-        drawn = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-        if drawn:
-            ends.append(End(name, color, *drawn[-1]))
-    if not ends:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=theme.muted)
-    elif narrow or len(ends) > 5 or max(len(end.name) for end in ends) > 18:
-        _add_legend(axes, theme)
-    elif len(series) > 1:
-        _name_lines(axes, ends)
-    return _to_png(figure, theme)
+
+def _axes(frame: Frame, ticks: Sequence[float], x_label: str, y_label: str) -> list[str]:
+    parts = [_label(0, 12, y_label)]  # along the top and upright: a rotated label is hard to read
+    for tick in ticks:
+        _, y = frame.place(frame.x[0], tick)
+        ends = f'x1="{frame.left:.1f}" x2="{frame.width - frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+        parts.append(f'<line class="grid" {ends}/>')
+        parts.append(_label(frame.left - 6, y + 4, _number(tick), anchor="end"))
+    floor = frame.height - frame.bottom
+    for tick in _ticks(*frame.x, False, most=4 if frame.width < 500 else 8):
+        if frame.x[0] <= tick <= frame.x[1]:
+            parts.append(_label(frame.place(tick, frame.y[0])[0], floor + 16, _number(tick), anchor="middle"))
+    middle = (frame.left + frame.width - frame.right) / 2
+    return [*parts, _label(middle, floor + 33, x_label, anchor="middle")]
+
+
+def _curve(frame: Frame, points: list[tuple[float, float]], index: int) -> list[str]:
+    style = f"series-{index % len(LIGHT.series)}"
+    if len(points) == 1:
+        x, y = frame.place(*points[0])
+        return [] if math.isnan(y) else [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>']
+    parts = []
+    if len(points) > CLOUD:
+        parts.append(f'<path class="cloud {style}" d="{_path(frame, _thinned(points, frame.width))}"/>')
+        means = running_mean([y for _, y in points], max(3, len(points) // 40))
+        smooth = [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+        points = [*smooth[:: max(1, len(smooth) // CLOUD)], smooth[-1]]
+    parts.append(f'<path class="{style}" d="{_path(frame, points)}"/>')
+    return parts
+
+
+def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
+    steps, pen = [], "M"
+    for x, y in points:
+        if math.isnan(y):
+            pen = "M"
+            continue
+        across, down = frame.place(x, y)
+        steps.append(f"{pen}{across:.1f} {down:.1f}")
+        pen = "L"
+    return "".join(steps)
+
+
+def _thinned(points: list[tuple[float, float]], width: float) -> list[tuple[float, float]]:
+    """The lowest and the highest point of each column of pixels: drawn, they look like all."""
+    size = -(-len(points) // int(width))
+    if size <= 2:
+        return points
+    kept = []
+    for first in range(0, len(points), size):
+        column = [point for point in points[first : first + size] if not math.isnan(point[1])]
+        if column:
+            kept += sorted({min(column, key=lambda point: point[1]), max(column, key=lambda point: point[1])})
+        else:
+            kept.append((points[first][0], math.nan))
+    return kept
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean over a centred window of up to `window` values, shorter at both ends; what is not finite is left out."""
     half = window // 2
+    sums, counts = [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
     means = []
     for index in range(len(values)):
-        near = [v for v in values[max(0, index - half) : index + half + 1] if math.isfinite(v)]
-        means.append(sum(near) / len(near) if near else math.nan)
+        first, end = max(0, index - half), min(len(values), index + half + 1)
+        count = counts[end] - counts[first]
+        means.append((sums[end] - sums[first]) / count if count else math.nan)
     return means
 
 
-def _empty_axes(x_label: str, y_label: str, log_y: bool, theme: Theme, narrow: bool) -> tuple["Figure", "Axes"]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    figure = Figure(figsize=(3.8, 3.2) if narrow else (7.6, 3.7), dpi=240 if narrow else 170)
-    axes = figure.add_subplot(facecolor=theme.background)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if narrow else 8, steps=[1, 2, 2.5, 5, 10]))
+def _ticks(low: float, high: float, log_y: bool, most: int = 6) -> list[float]:
+    """Round numbers that enclose the values, at most about `most` of them."""
     if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.muted, labelsize=10, length=0, which="both", pad=6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.grid)
-    label: dict[str, Any] = {"color": theme.muted, "fontsize": 10.5, "parse_math": False}  # a dollar sign is just that
-    axes.set_xlabel(_drawn(x_label), labelpad=6, **label)
-    # Along the top and upright: a rotated label is hard to read.
-    axes.set_title(_drawn(y_label), loc="left", pad=10, **label)
-    axes.margins(x=0.01, y=0.08)
-    return figure, axes
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        marks = [m * 10.0**power for power in range(first, last + 1) for m in ((1, 2, 5) if last - first < 3 else (1,))]
+        inside = [mark for mark in marks if low <= mark <= high]
+        below, above = [mark for mark in marks if mark < low][-1:], [mark for mark in marks if mark > high][:1]
+        return [*below, *inside, *above] or [low]
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10, 20) if span / (power * m) <= most)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(count * step, 12) for count in range(first, max(last, first + 1) + 1)]
 
 
-def _drawable(points: Points, log_y: bool) -> tuple[list[float], list[float]]:
-    x = [float(a) for a, _ in points]
-    y = [math.nan if b is None or (log_y and b <= 0) or math.isinf(b) else float(b) for _, b in points]
-    return x, y
+def _number(value: float) -> str:
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        mantissa, _, power = f"{value:.3e}".partition("e")
+        return f"{float(mantissa):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-def _add_legend(axes: "Axes", theme: Theme) -> None:
-    legend = axes.legend(
-        loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, frameon=False, fontsize=10, handlelength=1.2
-    )
-    for text in legend.get_texts():
-        text.set_color(theme.text)
-        text.set_parse_math(False)
+def _names(ends: Sequence[tuple[str, int, float, float]]) -> list[str]:
+    """Each curve's name at its end, moved apart where names would overlap."""
+    heights = spread([y for *_, y in ends], LINE)
+    return [
+        _label(x + 7, height + 4, name, style=f"series-{index % len(LIGHT.series)}")
+        for (name, index, x, _), height in zip(ends, heights, strict=True)
+    ]
 
 
-def _name_lines(axes: "Axes", ends: list[End]) -> None:
-    """Write each line's name at its end; names at the right edge are moved apart where they would overlap."""
-    axes.autoscale_view()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((end.x, end.y)) for end in ends]
-    at_edge = [index for index, (x, _) in enumerate(places) if x > 0.85]
-    apart = dict(zip(at_edge, spread([float(places[i][1]) for i in at_edge], 0.085), strict=True))
-    for index, (end, (x, y)) in enumerate(zip(ends, places, strict=True)):
-        right = 1.0 if index in apart else float(x)
-        axes.text(
-            right + 0.012,
-            apart.get(index, float(y)),
-            end.name,
-            parse_math=False,
-            transform=axes.transAxes,
-            color=end.color,
-            fontsize=10.5,
-            va="center",
-        )
+def _legend_rows(names: Sequence[str], width: float) -> list[int]:
+    """For each name, 1 where it begins a new row."""
+    rows, used = [], width
+    for name in names:
+        needed = 26 + LETTER * len(name)
+        starts = used + needed > width
+        rows.append(int(starts))
+        used = needed if starts else used + needed
+    return rows
+
+
+def _legend(ends: Sequence[tuple[str, int, float, float]], frame: Frame) -> list[str]:
+    parts, x, y = [], 0.0, frame.height - frame.bottom + 37
+    for (name, index, *_), starts in zip(ends, _legend_rows([end[0] for end in ends], frame.width), strict=True):
+        x, y = (0.0, y + LINE) if starts else (x, y)
+        style = f"series-{index % len(LIGHT.series)}"
+        parts.append(f'<rect class="{style}" x="{x:.1f}" y="{y - 9:.1f}" width="10" height="10" rx="2"/>')
+        parts.append(_label(x + 15, y, name))
+        x += 26 + LETTER * len(name)
+    return parts
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Move heights apart until neighbours are `gap` from each other, keeping their order and staying near."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
+    groups: list[list[int]] = []
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and _low(groups[-1], heights, gap) < _low(groups[-2], heights, gap) + gap * len(
+            groups[-2]
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
     placed = list(heights)
-    for below, above in pairwise(order):
-        placed[above] = max(placed[above], placed[below] + gap)
-    overshoot = (sum(placed) - sum(heights)) / max(1, len(heights))
-    return [height - overshoot for height in placed]
+    for group in groups:
+        for place, index in enumerate(group):
+            placed[index] = _low(group, heights, gap) + gap * place
+    return placed
 
 
-def _drawn(text: str) -> str:
-    """The text without lone surrogates, which no font can draw."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+def _low(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
+    """Where the lowest of a group stands when the group is centred on its members' own heights."""
+    return sum(heights[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
 
 
-def _to_png(figure: "Figure", theme: Theme) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _label(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
+    look = f' class="{style}"' if style else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{look}>{_text(text)}</text>'
 
-    buffer = BytesIO()
-    FigureCanvasAgg(figure)
-    options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.08, "facecolor": theme.background}
-    figure.savefig(buffer, format="png", **options)
-    return buffer.getvalue()
+
+def _text(text: str) -> str:
+    """Literal text: what a data set or a model says cannot become markup."""
+    return escape(text, quote=True)

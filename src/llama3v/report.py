@@ -1,6 +1,6 @@
 """A report in one HTML file: headline figures, tables, curves, bars and pictures, for people to look at.
 
-The file needs nothing but a browser: pictures are embedded, there is no script, and a content security policy
+The file needs nothing but a browser: pictures and curves are in it, there is no script, and a content security policy
 forbids the page to load anything. It follows the reader's light or dark theme and reads on a phone.
 """
 
@@ -96,15 +96,10 @@ class Report:
         note: str = "",
     ) -> None:
         """Add curves: name -> points (x, y). Long series are shown faintly, with their running mean."""
-        pictures = {}
-        for name, theme in (("light", charts.LIGHT), ("dark", charts.DARK)):
-            for width, narrow in (("wide", False), ("narrow", True)):
-                png = charts.draw_lines(series, x_label, y_label, log_y=log_y, theme=theme, narrow=narrow)
-                pictures[f"{name}_{width}"] = _data_uri(png, "png")
-        description = f"{y_label} over {x_label}: {', '.join(series)}"
+        drawing = charts.draw_lines(series, x_label, y_label, log_y=log_y)
         if not note and any(len(points) > charts.CLOUD for points in series.values()):
             note = "Faint: every value. Full colour: running mean."
-        self._add("plot", title, note, pictures=pictures, description=description)
+        self._add("plot", title, note, drawing=drawing)
 
     def add_bars(self, title: str, groups: Mapping[str, Mapping[str, float]], note: str = "") -> None:
         """Add grouped bars: group -> series -> value, none below 0.

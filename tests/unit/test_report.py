@@ -1,4 +1,4 @@
-"""The HTML report: hostile text stays text, the file needs nothing else, and pictures are in it."""
+"""The HTML report: hostile text stays text, the file needs nothing else, and pictures and curves are in it."""
 
 import base64
 import io
@@ -79,14 +79,15 @@ def test_hostile_text_stays_text_in_every_section(hostile_html: str) -> None:
     page = Page(hostile_html)
     assert "script" not in page.tags
     assert page.handlers == []
-    assert page.tags.count("img") == 2  # the plot and the picture
+    assert page.tags.count("img") == 1  # the picture
+    assert page.tags.count("svg") == 2  # the plot in two widths
     assert page.text.count("<script>alert(1)</script>") >= 15
     assert "{{ 7*7 }}" in page.text
 
 
 def test_the_file_loads_nothing_from_anywhere(hostile_html: str) -> None:
     page = Page(hostile_html)
-    assert len(page.addresses) == 5  # a plot in two themes and two widths, and the picture
+    assert len(page.addresses) == 1  # the picture
     assert all(address.startswith("data:image/") for address in page.addresses)
     style = hostile_html.partition("<style>")[2].partition("</style>")[0]
     assert not re.search(r"https?:|@import|url\(", style)
@@ -155,14 +156,39 @@ def test_a_row_that_does_not_fit_its_table_is_refused() -> None:
         Report("r").add_table("t", ["a", "b"], [["only one"]])
 
 
+def paths(svg: str) -> list[str]:
+    return re.findall(r' d="([^"]*)"', svg)
+
+
 def test_a_plot_without_any_value_is_drawn_as_such() -> None:
     for series in ({}, {"loss": []}, {"loss": [(0, float("nan")), (1, None)]}):
-        assert png_size(charts.draw_lines(series, "step", "loss"))[0] > 500
+        assert charts.draw_lines(series, "step", "loss").count("no values") == 2
 
 
 def test_a_log_plot_leaves_out_what_has_no_logarithm() -> None:
-    points = [(0, 1.0), (1, 0.0), (2, -1.0), (3, 0.1)]
-    assert png_size(charts.draw_lines({"loss": points}, "step", "loss", log_y=True))[0] > 500
+    points = [(0, 1.0), (1, 0.5), (2, 0.0), (3, -1.0), (4, 0.1), (5, 0.2)]
+    for path in paths(charts.draw_lines({"loss": points}, "step", "loss", log_y=True)):
+        assert re.sub(r"[^ML]", "", path) == "MLML"  # a gap
+
+
+def test_curves_stay_within_their_drawing_and_high_values_stand_high() -> None:
+    points = [(step, 3.0 / (1 + step)) for step in range(50)]
+    wide, narrow = paths(charts.draw_lines({"loss": points}, "step", "loss"))
+    for path, width, height in ((wide, 760, 340), (narrow, 360, 290)):
+        places = [tuple(map(float, place.split())) for place in re.findall(r"[ML]([^ML]+)", path)]
+        assert len(places) == 50
+        assert all(0 < x < width and 0 < y < height for x, y in places)
+        assert places == sorted(places)  # to the right, and downwards
+
+
+def test_a_million_points_make_a_small_drawing_that_keeps_the_extremes() -> None:
+    points = [(float(step), 5.0 if step == 777_777 else float(step % 7)) for step in range(1_000_000)]
+    points[123_456] = (123_456.0, 40.0)
+    svg = charts.draw_lines({"loss": points}, "step", "loss")
+    assert len(svg) < 100_000
+    cloud = paths(svg)[0]
+    heights = [float(place.split()[1]) for place in re.findall(r"[ML]([^ML]+)", cloud)]
+    assert sorted(heights)[0] < 40 < 200 < sorted(heights)[1]  # the one spike, and nothing like it
 
 
 def test_a_running_mean_keeps_a_constant_and_skips_what_is_not_finite() -> None:
