@@ -217,10 +217,11 @@ def _number(value: float) -> str:
 
 
 def _names(ends: Sequence[tuple[str, int, float, float]]) -> list[str]:
-    """Each curve's name at its end, moved apart where names would overlap."""
+    """Each curve's name beside its end, moved apart where names would overlap."""
     heights = spread([y for *_, y in ends], LINE)
+    right = max(x for _, _, x, _ in ends)
     return [
-        _label(x + 7, height + 4, name, style=f"series-{index % len(LIGHT.series)}")
+        _label((right if x > 0.85 * right else x) + 7, height + 4, name, style=f"series-{index % len(LIGHT.series)}")
         for (name, index, x, _), height in zip(ends, heights, strict=True)
     ]
 
