@@ -31,9 +31,9 @@ class SmolConfig:
     """Rows of `data` that are used."""
     held_out_rows: int = 500
     """Rows of `held_out` whose loss is measured."""
-    pretrain_steps: int = 150
+    pretrain_steps: int = 60
     """Steps of stage 1."""
-    sft_steps: int = 300
+    sft_steps: int = 400
     """Steps of stage 2."""
     captions: int = 20
     """Held-out photographs in the report."""
@@ -98,8 +98,8 @@ def smol(config: SmolConfig) -> dict[str, Any]:
             out=out,
             model=str(out / "stage1"),
             steps=config.sft_steps,
-            learning_rate=3e-4,
-            llm_learning_rate=1e-4,
+            learning_rate=1e-3,
+            llm_learning_rate=3e-4,
             **shared,
         )
     )
