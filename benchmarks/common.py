@@ -64,18 +64,30 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, between: Callable[[], Any] | None = None
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    between: Callable[[], Any] | None = None,
+    patience: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of each call: all sides in every round, one after another, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    """Seconds of each call: all sides in every round, one after another, after one round that is not counted.
+
+    Of a side that takes more than `patience` times the fastest's time that first round is all there is.
+    """
+
+    def timed(call: Callable[[], Any]) -> float:
+        if between is not None:
+            between()
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    first = {name: timed(call) for name, call in sides.items()}
+    given_up = {name for name, value in first.items() if value > patience * min(first.values())}
+    seconds: dict[str, list[float]] = {name: [first[name]] if name in given_up else [] for name in sides}
+    for _ in range(rounds):
         for name, call in sides.items():
-            if between is not None:
-                between()
-            started = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            if name not in given_up:
+                seconds[name].append(timed(call))
     return seconds
 
 

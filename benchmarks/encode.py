@@ -40,6 +40,8 @@ from llama3v.model.vision import SiglipTower
 PACKAGES = ("transformers", "numpy", "pillow", "openvino", "onnxruntime", "mlx")
 SO400M_LAYERS = 26
 BATCH_TILES = 16
+PASS_ROUNDS = 3
+HOPELESS = 20.0  # times the fastest side's first round: such an engine is run once
 
 
 @dataclass
@@ -187,7 +189,8 @@ def measure_engines(options: Options, shape: Shape, precision: str) -> list[dict
     for name, encoder in encoders.items():
         tiles = picture(in_pass[name], shape.tile_size)
         sides[name] = lambda encoder=encoder, tiles=tiles: encoder.encode(tiles)
-    rounds = interleaved(sides, options.rounds if precision == "fp32" else max(1, options.rounds // 2))
+    count = options.rounds if precision == "fp32" else max(1, options.rounds // 2)
+    rounds = interleaved(sides, count, patience=HOPELESS)
     seconds = {name: median(values) for name, values in rounds.items()}
     fastest = {name: min(values) for name, values in rounds.items()}
     limit = in_pass["torch"] * shape.layers * shape.product_flops() / seconds["GEMM"] / 1e9
@@ -243,7 +246,7 @@ def measure_pass(options: Options, shape: Shape, engine: str) -> list[dict[str, 
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 summaries.append(llama3v.encode(config))
 
-        bare_seconds = median(interleaved({"bare": bare, "whole": whole}, max(1, options.rounds // 2))["bare"])
+        bare_seconds = median(interleaved({"bare": bare, "whole": whole}, PASS_ROUNDS)["bare"])
     return _pass_rows(engine, tiles, tiles / bare_seconds, summaries[1:])
 
 
