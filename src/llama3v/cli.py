@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union, cast
 import tyro
 
 import llama3v
-from llama3v import config
+from llama3v import config, recipes
 from llama3v.errors import Llama3VError
 
 VERBS: dict[str, type] = {
@@ -22,6 +22,7 @@ VERBS: dict[str, type] = {
     "cache": config.CacheConfig,
     "pretrain": config.PretrainConfig,
     "sft": config.SftConfig,
+    "merge": config.MergeConfig,
     "ask": config.AskConfig,
     "chat": config.ChatConfig,
     "caption": config.CaptionConfig,
@@ -67,16 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     """Turn arguments into (verb, its options); raises SystemExit for help and for what cannot be parsed."""
     verb = arguments[0] if arguments else None
+    asked = recipes.asked_for(arguments)
+    recipe = f"\n\nRecipe {asked}: {recipes.text_of(asked)}" if asked else ""
     commands = tuple(
         # A verb's own help shows its whole docstring, examples included; the list of verbs shows first lines.
-        Annotated[options, tyro.conf.subcommand(name, description=_describe(options, whole=name == verb))]
+        Annotated[options, tyro.conf.subcommand(name, description=_describe(options, whole=name == verb) + recipe)]
         for name, options in VERBS.items()
     )
     parsed = tyro.cli(
         cast(Any, Union[commands]),  # noqa: UP007 - made at run time, so `|` cannot write it
         prog="llama3v",
         description=_DESCRIPTION,
-        args=list(arguments) or ["--help"],
+        args=recipes.expanded(arguments) or ["--help"],
     )
     return next(name for name, options in VERBS.items() if type(parsed) is options), parsed
 

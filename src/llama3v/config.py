@@ -13,11 +13,16 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from llama3v.errors import ConfigError
 
+LlmWeights = Literal["fp32", "bf16", "int8", "nf4"]
+Recipe = Literal["llama3_8b", "llama3_8b_lora_24gb", "smol"]
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
+
+MAX_TILES = 6
+"""Slices of an image, at most, beside its overview: seven tiles in all, as the first Llama 3-V was described."""
 
 # What may stay unset: its description says what happens then, so help does not add "(default: None)".
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
@@ -110,8 +115,8 @@ class EncodeConfig:
     cut: MaybeInt = None
     """Layer whose output is cached; layers after it are the top, which training can change (default: the
     last that is computed)."""
-    max_tiles: int = 6
-    """Most slices of one image beside its overview (0: overview only)."""
+    max_tiles: MaybeInt = None
+    """Most slices of one image beside its overview; 0: overview only (default: 6, or the model's own)."""
     precision: Precision = "fp32"
     """Precision of the forward pass; its features are rounded to bf16 either way."""
     codec: Codec = "bf16"
@@ -156,7 +161,10 @@ class EncodeConfig:
             not self.follow or (not self.part and not self.ray_workers and self.mode == "features"),
             "--follow shares the work by itself, with any number of others: leave --part, --ray-workers and --mode away",
         )
-        _require(self.max_tiles >= 0, f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more")
+        _require(
+            self.max_tiles is None or self.max_tiles >= 0,
+            f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more",
+        )
         _require(
             self.mode == "features" or self.codec == "bf16",
             f"--codec {self.codec} is for features; mode {self.mode} stores tiles as they are: leave it away",
@@ -219,6 +227,9 @@ class CacheConfig:
 class TrainConfig:
     """What both stages share."""
 
+    recipe: Annotated[Recipe | None, arg(help_behavior_hint="")] = None
+    """Start from a named set of options; the ones you give win. With --help it says what it is and what it
+    takes."""
     data: Annotated[tuple[str, ...], arg(metavar="DATA...")]
     """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
     cache: MaybePath = None
@@ -254,6 +265,9 @@ class TrainConfig:
     """Largest global gradient norm."""
     precision: Precision = "fp32"
     """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
+    llm_weights: LlmWeights = "fp32"
+    """How the LLM is held where its own weights do not train: fp32; bf16 (with --precision bf16); int8 or nf4, for
+    small GPUs (needs the extra `lora`). Other than fp32, --out refers to the LLM instead of holding it."""
     seed: int = 0
     """Seed of the order, the packing and new weights."""
     checkpoint_every: int = 200
@@ -285,6 +299,10 @@ class TrainConfig:
         _require(self.mode == "features" or self.codec is None, f"--codec has no meaning in mode {self.mode}")
         _require(self.ring is None or self.mode == "features", f"--ring has no meaning in mode {self.mode}")
         _require(self.ring is None or _is_name(self.ring), f"--ring is {self.ring}; give letters, digits, . _ -")
+        _require(
+            self.llm_weights != "bf16" or self.precision == "bf16",
+            "--llm-weights bf16 computes in bf16: give --precision bf16, too",
+        )
         _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; give 1 or more")
         _require(self.epochs > 0, f"--epochs is {self.epochs}; give more than 0")
         _require(
@@ -323,7 +341,7 @@ class PretrainConfig(TrainConfig):
     """Language model: a hub name, a local directory or a GGUF file. Llama architecture."""
     cut: MaybeInt = None
     """The layer the cache holds (default: the last that is computed)."""
-    max_tiles: int = 6
+    max_tiles: int = MAX_TILES
     """As in the encode pass; it becomes a property of the model."""
     scale_factor: int = 3
     """r: r x r patches become one visual token; it must divide the side of the patch grid."""
@@ -343,10 +361,63 @@ class SftConfig(TrainConfig):
     """A Llama 3-V model directory, usually stage 1's output."""
     policy: Policy = "projector+llm"
     """projector+llm; llm (projector frozen); seed (vision top and projector, as first described)."""
+    max_tiles: MaybeInt = None
+    """Most slices of an image from here on, as in the encode pass of this stage's data (default: the model's)."""
     learning_rate: float = 2e-5
     """Peak learning rate of the projector (and of the vision top under `seed`)."""
     llm_learning_rate: float = 2e-5
-    """Peak learning rate of the LLM, where it trains."""
+    """Peak learning rate of the LLM or its adapters, where they train. Adapters want about ten times as much."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which train instead of the LLM's own weights; 0: its own weights train."""
+    lora_alpha: MaybeFloat = None
+    """What adapters add is multiplied by alpha / rank (default: twice the rank)."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is left out in training."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the LLM's blocks that get adapters (default: all seven of a Llama)."""
+
+    @property
+    def llm_trains(self) -> bool:
+        """Whether the LLM's own weights do."""
+        return self.policy != "seed" and self.lora_rank == 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.max_tiles is None or self.max_tiles >= 0,
+            f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more",
+        )
+        _require(self.lora_rank >= 0, f"--lora-rank is {self.lora_rank}; give 0 (no adapters) or more")
+        _require(
+            self.policy != "seed" or self.lora_rank == 0,
+            "--lora-rank has no meaning under --policy seed, where the LLM is frozen; use projector+llm or llm",
+        )
+        _require(self.lora_alpha is None or self.lora_alpha > 0, f"--lora-alpha is {self.lora_alpha}; give more than 0")
+        _require(0 <= self.lora_dropout < 1, f"--lora-dropout is {self.lora_dropout}; give a share between 0 and 1")
+        _require(len(self.lora_targets) > 0, "--lora-targets is empty; name layers such as q_proj")
+        _require(
+            self.llm_weights == "fp32" or not self.llm_trains,
+            f"--llm-weights {self.llm_weights} is for an LLM whose own weights do not train: give --lora-rank, or "
+            "--policy seed",
+        )
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Write a model that stands alone: LoRA adapters become part of the LLM's weights, which --out then holds.
+
+    ask, chat, caption and export need no merging: they take what `llama3v sft --lora-rank` leaves as it is.
+
+    Example:
+        llama3v merge runs/stage2 --out merged
+    """
+
+    model: Positional[str]
+    """A Llama 3-V model directory that refers to its LLM: what `sft --lora-rank` or `--llm-weights` left."""
+    out: Path
+    """Directory to write."""
+    precision: Precision = "fp32"
+    """Type of the written weights; bf16 takes half the space, at the rounding of bf16."""
 
 
 @dataclass(frozen=True)

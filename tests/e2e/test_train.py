@@ -13,7 +13,7 @@ from training import losses, make_pictures
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
 from llama3v.errors import CacheError, CheckpointError, ConfigError, DataError, Llama3VError
 from llama3v.feature_cache.reader import CacheReader
-from llama3v.model.llama3v import load_model
+from llama3v.model.llama3v import build_model, load_model
 from llama3v.train import loop, run
 from llama3v.train.meter import Meter
 from llama3v.train.signals import StopRequest
@@ -84,7 +84,7 @@ def stage1(tmp_path_factory, stage1_options):
 def test_pretrain_changes_the_projector_and_nothing_else(stage1, stage1_options):
     out, summary = stage1
     options = {k: stage1_options[k] for k in ("cut", "max_tiles")}
-    before, _ = run.build_model(stage1_options["vision"], stage1_options["llm"], **options)
+    before, _ = build_model(stage1_options["vision"], stage1_options["llm"], **options)
     after, _ = load_model(out)
     changed = {
         name.split(".")[0]

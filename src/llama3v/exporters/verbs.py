@@ -25,7 +25,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         CheckpointError: no model there, no stock form for it, an export that disagrees, or an `out` that holds
             something else.
     """
-    _refuse_foreign(config.out)
+    refuse_foreign(config.out, "export")
 
     import transformers
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     model, tokenizer = load_model(config.model)
     hf.foldable_tower(model)
     tokens_per_tile = model.tokens_per_tile
-    with _appearing(config.out) as directory:
+    with appearing(config.out) as directory:
         summary: dict[str, Any] = {"verb": "export", "model": str(config.model)}
         summary |= hf.write_stock(model, tokenizer, directory, form=config.form, dtype=_stored_type(config.model))
         summary["warnings"] = licence.warnings(summary["base"], config.out)
@@ -62,25 +62,28 @@ def _stored_type(name_or_directory: str) -> str:
     return str(dtype or "float32").removeprefix("torch.")
 
 
-def _refuse_foreign(out: Path) -> None:
-    """An export may be replaced by another, and an empty directory filled; nothing else is touched."""
+def refuse_foreign(out: Path, verb: str) -> None:
+    """What a verb wrote may be replaced by itself, and an empty directory filled; nothing else is touched.
+
+    Raises CheckpointError.
+    """
     if not out.exists():
         return
     if not out.is_dir():
         raise CheckpointError(f"{out} is a file; give --out a directory")
-    if any(out.iterdir()) and not _is_export(out):
-        raise CheckpointError(f"{out} is not empty and holds no earlier export; give another --out")
+    if any(out.iterdir()) and not _is_from(verb, out):
+        raise CheckpointError(f"{out} is not empty and holds no earlier {verb}; give another --out")
 
 
-def _is_export(directory: Path) -> bool:
+def _is_from(verb: str, directory: Path) -> bool:
     try:
-        return json.loads((directory / "summary.json").read_text()).get("verb") == "export"
+        return json.loads((directory / "summary.json").read_text()).get("verb") == verb
     except (OSError, ValueError, AttributeError):
         return False
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """A directory beside `out` to write into; it takes the name `out` when the body succeeds, else it vanishes."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)

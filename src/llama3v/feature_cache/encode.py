@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from llama3v.config import EncodeConfig
+from llama3v.config import MAX_TILES, EncodeConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources import ImageRef, Rejected, Source, open_source
-from llama3v.errors import CacheError, ConfigError
+from llama3v.errors import CacheError
 from llama3v.feature_cache.codecs import PIXELS
 from llama3v.feature_cache.commit import publish
 from llama3v.feature_cache.layout import CachePaths, manifest_of
@@ -344,18 +344,12 @@ class EncodePass:
 
 
 def _max_tiles(config: EncodeConfig) -> int:
-    """The option; for a Llama 3-V model directory, the model's own."""
+    """The option; without it what a Llama 3-V model directory has, or a new model."""
+    if config.max_tiles is not None:
+        return config.max_tiles
     path = Path(config.vision) / "config.json"
     model = json.loads(path.read_bytes()) if path.is_file() else {}
-    if model.get("model_type") != "llama3v":
-        return config.max_tiles
-    default = EncodeConfig.__dataclass_fields__["max_tiles"].default
-    if config.max_tiles not in (default, model["max_tiles"]):
-        raise ConfigError(
-            f"{config.vision}: this model's max_tiles is {model['max_tiles']}, not {config.max_tiles}; "
-            "leave --max-tiles away"
-        )
-    return model["max_tiles"]
+    return model["max_tiles"] if model.get("model_type") == "llama3v" else MAX_TILES
 
 
 def decoding_threads() -> int:

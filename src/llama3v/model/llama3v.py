@@ -25,9 +25,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 from llama3v.model.llm import load_llm
+from llama3v.model.on_base import Base, load_on_base, refers_to_base, save_on_base
 from llama3v.model.projector import Projector
 from llama3v.model.prompt import detect_format
-from llama3v.model.vision import VisionTower, load_stock, load_tower, make_tower, refuse_missing
+from llama3v.model.vision import VisionTower, load_stock, load_tower, make_tower, refuse_missing, stored_part
 
 
 class Llama3VConfig(PreTrainedConfig):
@@ -76,7 +77,12 @@ class Llama3VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Images and text in, text out. Loads with `from_pretrained`, saves with `save_pretrained`, runs with `generate`.
 
     Parts: `vision` (VisionTower), `projector` (Projector), `llm` (a causal LM of transformers).
+
+    Attributes:
+        base: where the LLM came from, if it stands still and is not to be written with the rest (model/on_base.py).
     """
+
+    base: Base | None = None
 
     config_class = Llama3VConfig
     base_model_prefix = "llama3v"
@@ -226,13 +232,14 @@ def build_model(
     prompt_format: str = "auto",
     projector_blocks: int = 2,
     seed: int = 0,
+    llm_dtype: torch.dtype = torch.float32,
 ) -> tuple[Llama3VForConditionalGeneration, PreTrainedTokenizerBase]:
     """A new Llama 3-V: a pretrained vision tower and a pretrained LLM, joined by a projector at its starting point.
 
-    Args: as in `PretrainConfig`. Returns the model in fp32 and the LLM's tokenizer.
+    Args: as in `PretrainConfig`. Returns the model in fp32, its LLM in `llm_dtype`, and the LLM's tokenizer.
     """
     tower = load_tower(vision, cut=cut)
-    language_model, tokenizer = load_llm(llm)
+    language_model, tokenizer = load_llm(llm, llm_dtype)
     config = Llama3VConfig(
         vision_config=tower.geometry,
         text_config=language_model.config,
@@ -256,15 +263,25 @@ def build_model(
 def save_model(
     model: Llama3VForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, directory: Path | str
 ) -> None:
-    """Write one directory that holds everything: config, weights (safetensors) and the LLM's tokenizer."""
+    """Write one directory that holds everything: config, weights (safetensors) and the LLM's tokenizer.
+
+    Where the model has a `base`, the frozen LLM is referred to instead, and adapters are written (model/on_base.py).
+    """
+    if model.base is not None:
+        save_on_base(model, tokenizer, Path(directory), model.base)
+        return
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def load_model(
     name_or_directory: Path | str,
+    llm_dtype: torch.dtype = torch.float32,
 ) -> tuple[Llama3VForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Load a Llama 3-V and its tokenizer in evaluation mode, in fp32.
+    """Load a Llama 3-V and its tokenizer in evaluation mode, in fp32. Adapters are merged, in memory.
+
+    Args:
+        llm_dtype: of the LLM of a directory that holds all of its weights.
 
     Raises:
         CheckpointError: nothing there, another kind of model, or a tokenizer that does not belong to the LLM.
@@ -272,8 +289,10 @@ def load_model(
     path = Path(name_or_directory)
     if path.exists() or (os.sep in str(name_or_directory).rstrip("/") and str(name_or_directory).count("/") != 1):
         _check_model_directory(path)
+    if refers_to_base(path):
+        return load_on_base(path)
     try:
-        model, missing = load_stock(Llama3VForConditionalGeneration, name_or_directory)
+        model, missing = load_stock(Llama3VForConditionalGeneration, name_or_directory, llm_dtype)
         tokenizer = AutoTokenizer.from_pretrained(name_or_directory)
     except OSError as error:
         raise CheckpointError(f"no Llama 3-V at {name_or_directory}: {str(error).splitlines()[0]}") from error
@@ -283,7 +302,19 @@ def load_model(
             f"{name_or_directory}: the tokenizer has {len(tokenizer)} tokens but the LLM {model.config.text_config.vocab_size}; "
             "they do not belong together"
         )
+    if llm_dtype != torch.float32:  # the rest was rounded on the way: read it again
+        for part in ("vision", "projector"):
+            module = getattr(model, part).float()
+            module.load_state_dict(stored_part(_local(name_or_directory), part))
     return model.eval(), tokenizer
+
+
+def _local(name_or_directory: Path | str) -> Path:
+    """The directory in which a model's files lie; a hub name's have been downloaded."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name_or_directory)
+    return path if path.is_dir() else Path(snapshot_download(str(name_or_directory), local_files_only=True))
 
 
 def _check_model_directory(path: Path) -> None:

@@ -18,13 +18,13 @@ from llama3v.errors import CheckpointError
 from llama3v.model.vision import load_stock, refuse_missing
 
 
-def load_llm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama-family LLM and its tokenizer from a hub name, a directory or a GGUF file, in fp32."""
+def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama-family LLM and its tokenizer from a hub name, a directory or a GGUF file."""
     path = Path(name)
     if path.suffix == ".gguf":
-        return _load_gguf(path)
+        return _load_gguf(path, dtype)
     try:
-        model, missing = load_stock(AutoModelForCausalLM, name)
+        model, missing = load_stock(AutoModelForCausalLM, name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -32,17 +32,17 @@ def load_llm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise CheckpointError(f"no GGUF file at {path}")
     try:
-        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise CheckpointError("reading GGUF needs an extra: pip install 'llama3v[gguf]'") from error
     # transformers marks a model read from GGUF as quantised and then refuses to train it: move the weights to a clean one
     config = type(source.config)(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
     return model, _without_strangers(tokenizer, config.vocab_size)

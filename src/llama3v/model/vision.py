@@ -157,12 +157,12 @@ class SiglipTower(VisionTower):
         return tower.eval()
 
 
-def load_stock(kind: Any, source: str | Path) -> tuple[Any, set[str]]:
-    """`kind.from_pretrained(source)` in fp32, and the names of the tensors that the checkpoint lacked.
+def load_stock(kind: Any, source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
+    """`kind.from_pretrained(source)`, and the names of the tensors that the checkpoint lacked.
 
     transformers only warns of those, and makes them up at random: see `refuse_missing`.
     """
-    model, report = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     return model, set(report["missing_keys"])
 
 
@@ -217,19 +217,24 @@ def load_tower(name_or_directory: str, *, cut: int | None = None) -> VisionTower
 
 
 def _tower_of_model(path: Path, config: dict[str, Any], cut: int | None) -> VisionTower:
-    from safetensors import safe_open
-
     geometry = dict(config["vision_config"])
     if cut is not None and cut != geometry["cut"]:
         raise ConfigError(f"{path}: this model's cut is {geometry['cut']}, not {cut}; leave --cut away")
     tower = make_tower(geometry)
-    weights: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.startswith("vision.")]  # noqa: SIM118 (no mapping)
-            weights |= {name.removeprefix("vision."): tensors.get_tensor(name).float() for name in names}
-    tower.load_state_dict(weights)
+    tower.load_state_dict(stored_part(path, "vision"))
     return tower
+
+
+def stored_part(directory: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part (`vision`, `projector`) of a model directory, in fp32, by their names in that part."""
+    from safetensors import safe_open
+
+    weights: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(f"{part}.")]  # noqa: SIM118 (no mapping)
+            weights |= {name.removeprefix(f"{part}."): tensors.get_tensor(name).float() for name in names}
+    return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:

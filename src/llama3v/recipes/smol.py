@@ -1,4 +1,14 @@
-"""Real photographs and real pretrained weights on a laptop: SmolLM2-135M-Instruct learns to caption."""
+"""SmolLM2-135M-Instruct learns to caption real photographs, on two CPU cores.
+
+`python examples/smol.py` is the whole recipe: encode, both stages, captions of held-out photographs, a report. Its
+docstring has the exact command. Or stage by stage, on data of your own:
+
+    llama3v encode --data captions.json --vision efficientnet_lite2 --max-tiles 0 --cache cache
+    llama3v pretrain --recipe smol --data captions.json --cache cache --out runs/stage1
+    llama3v sft --recipe smol --data captions.json --model runs/stage1 --cache cache --out runs/smol
+
+Time, losses and captions, as measured: benchmarks/results/smol/.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
+
+_BOTH: dict[str, Any] = {"row_tokens": 256, "rows_per_step": 2, "rows_per_pass": 2, "checkpoint_every": 50}
+PRETRAIN: dict[str, Any] = _BOTH | {
+    "vision": "efficientnet_lite2",
+    "llm": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "max_tiles": 0,
+    "scale_factor": 3,
+    "steps": 60,
+    "learning_rate": 1e-3,
+}
+SFT: dict[str, Any] = _BOTH | {"steps": 400, "learning_rate": 1e-3, "llm_learning_rate": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -21,9 +42,9 @@ class SmolConfig:
     """Photographs with captions to train on (LLaVA JSON, or what else `llama3v encode` reads)."""
     held_out: str
     """Photographs with captions that are never trained on; several captions a photograph are used as references."""
-    llm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    llm: str = PRETRAIN["llm"]
     """Hub name, directory or GGUF file of the language model."""
-    vision: str = "efficientnet_lite2"
+    vision: str = PRETRAIN["vision"]
     """The vision tower; a SigLIP directory or hub name works the same way."""
     out: Path = Path("runs/smol")
     """Directory for the cache, both stages, the report and the trained model."""
@@ -31,9 +52,9 @@ class SmolConfig:
     """Rows of `data` that are used."""
     held_out_rows: int = 500
     """Rows of `held_out` whose loss is measured."""
-    pretrain_steps: int = 60
+    pretrain_steps: int = PRETRAIN["steps"]
     """Steps of stage 1."""
-    sft_steps: int = 400
+    sft_steps: int = SFT["steps"]
     """Steps of stage 2."""
     captions: int = 20
     """Held-out photographs in the report."""
@@ -73,36 +94,15 @@ def smol(config: SmolConfig) -> dict[str, Any]:
         "data": (config.data,),
         "cache": cache,
         "limit": config.rows,
-        "row_tokens": 256,
-        "rows_per_step": 2,
-        "rows_per_pass": 2,
-        "checkpoint_every": 50,
         "validation": config.held_out,
         "validation_samples": 150,
         "dollars_per_hour": config.dollars_per_hour,
     }
-    stage_1 = llama3v.pretrain(
-        PretrainConfig(
-            out=out / "stage1",
-            vision=config.vision,
-            llm=config.llm,
-            max_tiles=0,
-            scale_factor=3,
-            steps=config.pretrain_steps,
-            learning_rate=1e-3,
-            **shared,
-        )
-    )
-    stage_2 = llama3v.sft(
-        SftConfig(
-            out=out,
-            model=str(out / "stage1"),
-            steps=config.sft_steps,
-            learning_rate=1e-3,
-            llm_learning_rate=3e-4,
-            **shared,
-        )
-    )
+    models = {"vision": config.vision, "llm": config.llm}
+    one = {**PRETRAIN, **shared, **models, "steps": config.pretrain_steps}
+    two = {**SFT, **shared, "steps": config.sft_steps}
+    stage_1 = llama3v.pretrain(PretrainConfig(out=out / "stage1", **one))
+    stage_2 = llama3v.sft(SftConfig(out=out, model=str(out / "stage1"), **two))
     captioned = caption_held_out(out, config.held_out, config.captions)
     summary = {
         "recipe": "smol",

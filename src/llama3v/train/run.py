@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from llama3v import recipes
 from llama3v.config import PretrainConfig, SftConfig, TrainConfig
 from llama3v.data.packing import fill
 from llama3v.errors import CheckpointError
-from llama3v.model.llama3v import Llama3VForConditionalGeneration, build_model, load_model, save_model
-from llama3v.train import curves, stages
+from llama3v.model.llama3v import Llama3VForConditionalGeneration, save_model
+from llama3v.train import curves, stages, start
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.features.base import Demand
@@ -52,20 +53,10 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> dict[
     checkpoint: 128 + signal on SIGTERM or Ctrl-C, 3 where an option (--budget) asked for the stop.
     """
 
-    def load() -> tuple[Model, PreTrainedTokenizerBase]:
-        return build_model(
-            config.vision,
-            config.llm,
-            cut=config.cut,
-            scale_factor=config.scale_factor,
-            max_tiles=config.max_tiles,
-            prompt_format=config.prompt_format,
-            seed=config.seed,
-        )
-
     options = ["--vision", config.vision, "--max-tiles", str(config.max_tiles)]
     options += [] if config.cut is None else ["--cut", str(config.cut)]
-    return _run(_Stage("pretrain", stages.PRETRAIN_POLICY, config, load, options), console or Console())
+    stage = _Stage("pretrain", stages.PRETRAIN_POLICY, config, lambda: start.new_model(config), options)
+    return _run(stage, console or Console())
 
 
 def sft(config: SftConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -73,11 +64,10 @@ def sft(config: SftConfig, *, console: Console | None = None) -> dict[str, Any]:
 
     Leaves, returns and raises what `pretrain` does.
     """
-
-    def load() -> tuple[Model, PreTrainedTokenizerBase]:
-        return load_model(config.model)
-
-    return _run(_Stage("sft", config.policy, config, load, ["--vision", config.model]), console or Console())
+    options = ["--vision", config.model]
+    options += [] if config.max_tiles is None else ["--max-tiles", str(config.max_tiles)]
+    stage = _Stage("sft", config.policy, config, lambda: start.trained_model(config), options)
+    return _run(stage, console or Console())
 
 
 @dataclass(frozen=True)
@@ -100,6 +90,8 @@ def _run(stage: _Stage, console: Console) -> dict[str, Any]:
     if (summary := finished_run(stage.name, config)) is not None:
         _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary
+    if config.recipe:
+        _say(console, recipes.in_words(config, stage.name))
     config.out.mkdir(parents=True, exist_ok=True)
     with _only_run_in(config.out), told_when_full(config.out), ExitStack() as stack:
         return _train(stage, console, stack)

@@ -5,6 +5,8 @@
     sft, llm                 LLM
     sft, seed                vision top and projector, as the first Llama 3-V was described
 
+Where the LLM has LoRA adapters (model/lora.py), these train in its place.
+
 The trunk of the vision tower never trains: its output is what the cache holds.
 """
 
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from llama3v.errors import ConfigError
+from llama3v.model.frozen import element_count
+from llama3v.model.lora import has_lora
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +75,7 @@ def what_trains(
 
     Raises:
         ConfigError: unknown policy; a pattern that matches nothing; a parameter that no rule names; policy `seed`
-            where the cache's cut leaves no vision top.
+            where the cache's cut leaves no vision top; adapters under a policy that freezes the LLM.
     """
     if stage == "pretrain":
         policy = PRETRAIN_POLICY
@@ -90,14 +94,21 @@ def what_trains(
     if _trunk_names(model):
         rules.append(Rule("vision.*", None))
     rules.append(Rule("projector.*", learning_rate if "projector" in trains else None))
-    rules.append(Rule("llm.*", llm_rate if "llm" in trains else None))
-    return match(rules, model)
+    if has_lora(model.llm):  # type: ignore[arg-type]
+        if "llm" not in trains:
+            raise ConfigError(f"policy {policy} freezes the LLM, which has adapters to train; use projector+llm or llm")
+        rules += [Rule("llm.*.lora_?.*", llm_rate), Rule("llm.*", None)]
+    else:
+        rules.append(Rule("llm.*", llm_rate if "llm" in trains else None))
+    lines = match(rules, model)
+    _refuse_trunk(lines, model)
+    return lines
 
 
 def match(rules: Sequence[Rule], model: nn.Module) -> list[Line]:
     """Give every parameter to the first rule that names it; a rule or a parameter left over is a ConfigError."""
     matched: dict[Rule, list[str]] = {rule: [] for rule in rules}
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: element_count(parameter) for name, parameter in model.named_parameters()}
     unnamed = []
     for name in sizes:
         rule = next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
@@ -160,6 +171,18 @@ def as_table(lines: Sequence[Line], title: str) -> "Table":
         style = "dim" if frozen else "bold green"
         table.add_row(line.pattern, f"{line.tensors:,}", f"{line.parameters:,}", rate, style=style)
     return table
+
+
+def _refuse_trunk(lines: Sequence[Line], model: nn.Module) -> None:
+    """ConfigError where anything below the cut would train: the cached features would not be this model's any more."""
+    trunk = _trunk_names(model)
+    for line in lines:
+        below = trunk.intersection(line.names)
+        if line.learning_rate is not None and below:
+            raise ConfigError(
+                f"{min(below)} lies below the cut, and its output is what the cache holds, so it cannot train; "
+                "encode with a lower --cut, and pretrain with the same"
+            )
 
 
 def _trunk_names(model: nn.Module) -> set[str]:
