@@ -8,6 +8,7 @@ import datetime
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -101,24 +102,28 @@ def write_results(
 ) -> None:
     """Print the rows, and write them to `path` with the machine, versions, commit and command."""
     for entry in rows:
-        print(_in_words(entry))
+        print(in_words(entry))
     if path is None:
         return
-    results = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(*packages),
-        "commit": _commit(),
-        "command": _command(),
-        **more,
-        "rows": list(rows),
-    }
+    results = document(rows, machine=machine(), versions=versions(*packages), **more)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
 
 
-def _in_words(entry: Mapping[str, Any]) -> str:
+def document(rows: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+    """What a file of results holds: when, from which commit and with which command, what is given, and the rows."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": _command(),
+        **more,
+        "rows": list(rows),
+    }
+
+
+def in_words(entry: Mapping[str, Any]) -> str:
+    """One row in one line, for people."""
     words = [f"{entry['name']}: {entry['ours']} {entry['unit']}"]
     if entry["peer"] is not None:
         words.append(f"peer {entry['peer']}, ratio {entry['ratio']}")
@@ -129,12 +134,15 @@ def _in_words(entry: Mapping[str, Any]) -> str:
 
 def _command() -> str:
     """The command line; a file outside the repository by its name alone."""
-    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    program = Path(sys.argv[0])
+    module = f"benchmarks.{program.parent.name if program.stem == '__main__' else program.stem}"
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return f"python -m {module} {shlex.join(arguments)}".strip()
 
 
 def _commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
