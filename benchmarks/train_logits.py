@@ -111,7 +111,7 @@ def _usual(shape: Any, data: Any) -> Any:
     from benchmarks.train_step import adamw, trained
     from benchmarks.train_usual import UsualModel, padded, usual_step
 
-    model = UsualModel(shape, shape.tower.layers, llm_trains=True)
+    model = UsualModel(shape, shape.tower.layers, trains=("projector", "llm"))
     optimizer = adamw(trained(model))
     return lambda sample: usual_step(model, optimizer, padded(data, [sample], 1, shape.tower.tile_size)), model
 

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 import llama3v
 from benchmarks.common import row
@@ -29,12 +30,13 @@ from llama3v.train.prepared import DESCRIPTION, load_prepared
 
 TOKENIZER = Path(llama3v.__file__).parent / "assets/llama-scenes"
 BASE = TowerShape(224, 16, 768, 12, 3072, 12)  # SigLIP base/16 at 224 pixels
-ROW_TOKENS, ROWS_PER_STEP = 512, 1
+ROW_TOKENS, ROWS_PER_STEP = 256, 1
 
 
 def measure_overlap(steps: int, rounds: int, *, quick: bool = False) -> list[dict[str, Any]]:
     """Seconds of a step of `pretrain` (from one metrics line to the next) beside its forward and backward alone."""
     tower = TowerShape(42, 14, 32, 2, 64, 3) if quick else TowerShape(**{**vars(BASE), "layers": 2})
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         config = _prepare(root, tower, steps)

@@ -6,10 +6,11 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import row
-from benchmarks.train_ratio import Ours
-from benchmarks.train_shapes import LlmShape, ModelShape, Sample, TowerShape, random_samples
+from benchmarks.train_ours import Ours
+from benchmarks.train_shapes import LlmShape, ModelShape, TowerShape, counts_of, random_samples
+from llama3v.train.work import work_of
 
-QUICKSTART = ModelShape(TowerShape(72, 12, 192, 6, 768, 5), LlmShape(128, 4, 4, 2, 512, 512, tied=True), scale_factor=2)
+QUICKSTART = ModelShape(TowerShape(72, 12, 192, 6, 512, 5), LlmShape(128, 4, 4, 2, 384, 640, tied=True), scale_factor=2)
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "mkldnn"),
     "attention": ("attention", "flash"),
@@ -19,23 +20,20 @@ KINDS = {
 REST = "element-wise, norms, copies and the rest"
 
 
-def measure_profile(shape: ModelShape, captions: list[Sample], conversations: list[Sample]) -> list[dict[str, Any]]:
-    """One row for each of: quickstart's size, and the given shape in both stages."""
-    few = random_samples(16, [1], (20, 60), 0.3)
-    return [
-        _row("a model of the quickstart's size, stage 2", QUICKSTART, few, llm_trains=True),
-        _row("the first shape above, stage 1", shape, captions, llm_trains=False),
-        _row("the first shape above, stage 2", shape, conversations, llm_trains=True),
-    ]
-
-
-def _row(name: str, shape: ModelShape, samples: list[Sample], *, llm_trains: bool) -> dict[str, Any]:
+def measure_quickstart() -> dict[str, Any]:
+    """The row of a model of the quickstart's size."""
+    samples = random_samples(16, [1], (20, 60), 0.3)
     with ExitStack() as stack:
-        ours = Ours(shape, samples, llm_trains=llm_trains, stack=stack)
+        ours = Ours(QUICKSTART, samples, trains=("projector", "llm"), stack=stack)
         ours.step()
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            ours.step()
-        parts = parts_of_work(ours)
+        return profile_row("a model of the quickstart's size, stage 2", ours)
+
+
+def profile_row(name: str, ours: Ours) -> dict[str, Any]:
+    """Where the time of one step goes; it has been run before."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        ours.step()
+    parts = parts_of_work(ours)
     shares: dict[str, float] = {}
     total = sum(event.self_cpu_time_total for event in profiler.key_averages())
     for event in profiler.key_averages():
@@ -43,15 +41,12 @@ def _row(name: str, shape: ModelShape, samples: list[Sample], *, llm_trains: boo
         shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total / total
     told = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
     work = ", ".join(f"{part} {share:.1%}" for part, share in parts.items())
-    return row(f"where the time of a step goes: {name}", shares.get("matrix products", 0.0), unit="share of matrix products",
+    return row(f"{name}: where the time of ours goes", shares.get("matrix products", 0.0), unit="share of matrix products",
                note=f"{told}; of the useful operations: {work}")  # fmt: skip
 
 
 def parts_of_work(ours: Ours) -> dict[str, float]:
     """The share of the useful operations that each part of the model has."""
-    from benchmarks.train_shapes import counts_of
-    from llama3v.train.work import work_of
-
     work, counts = work_of(ours.model, live_trunk=False), counts_of(ours.batch())
     tokens, tiles = counts["visual_tokens"] + counts["text_tokens"], counts["tiles"]
     flops = {

@@ -1,112 +1,33 @@
 """One training step of ours beside one the usual way, on the same samples; and each of our three savings alone."""
 
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import interleaved, row
-from benchmarks.train_shapes import ModelShape, Sample, counts_of, prepared, random_model
-from benchmarks.train_step import adamw, optimizer_step, set_modes, trained
+from benchmarks.train_ours import Ours
+from benchmarks.train_profile import profile_row
+from benchmarks.train_shapes import ModelShape, Sample, prepared
+from benchmarks.train_step import adamw, trained
 from benchmarks.train_usual import UsualModel, padded, stock_tower, usual_step
-from llama3v.data.packing import pack
-from llama3v.feature_cache.layout import manifest_of
-from llama3v.feature_cache.reader import CacheReader
-from llama3v.feature_cache.writer import CacheWriter
-from llama3v.model.slicing import Grid
-from llama3v.train.batches import Batch, assemble, attention_mask
-from llama3v.train.features.base import FeatureSource
-from llama3v.train.features.cached import CachedFeatures
-from llama3v.train.prepared import PreparedData
-from llama3v.train.work import work_of
 
-ROW_TOKENS = 1024
+BOTH = ("projector", "llm")
 TOWER_LAYERS = 2  # of the usual way's tower that run; the others are added to its time
 
 
-class Ours:
-    """The trainer's step on some samples: features from a cache on disk, packed rows."""
-
-    def __init__(self, shape: ModelShape, samples: list[Sample], *, llm_trains: bool, stack: ExitStack) -> None:
-        self.shape, self.samples = shape, samples
-        self.data = prepared(samples, shape)
-        self.model = random_model(shape, depth=0)  # of the tower nothing runs
-        self.model.projector.requires_grad_(True)
-        self.model.llm.requires_grad_(llm_trains)
-        set_modes(self.model)
-        self.optimizer = adamw(trained(self.model))
-        self.source = stack.enter_context(closing(_cache(shape, self.data, samples, stack)))
-        self.rows = pack(self.data.lengths.tolist(), max(ROW_TOKENS, int(self.data.lengths.max())), seed=0, epoch=0)
-
-    @property
-    def tiles(self) -> int:
-        return sum(sample.tiles for sample in self.samples)
-
-    def batch(self, rows: list[list[int]] | None = None) -> Batch:
-        return assemble(self.data, rows or self.rows, self.source, self.shape.llm.vocabulary)
-
-    def step(self, rows: list[list[int]] | None = None) -> None:
-        batch = self.batch(rows)
-        optimizer_step(self.model, self.optimizer, [(batch, batch.supervised_tokens)])
-
-    def step_without_packing(self) -> None:
-        """One sample a row, padded to the longest."""
-        self.step([[sample] for sample in range(len(self.samples))])
-
-    def step_without_cache(self, tower: Any, pixels: Tensor) -> None:
-        with torch.no_grad():
-            features = tower(pixel_values=pixels).last_hidden_state
-        batch = replace(self.batch(), features=features)
-        optimizer_step(self.model, self.optimizer, [(batch, batch.supervised_tokens)])
-
-    def step_with_full_logits(self) -> None:
-        """The LM head at every position, and transformers' loss."""
-        batch = self.batch()
-        labels = torch.full_like(batch.ids, -100).flatten()
-        labels[batch.predict_at + 1] = batch.targets
-        loss = self.model.llm(
-            inputs_embeds=self.model.embed(batch.ids, batch.features),
-            attention_mask=attention_mask(batch.segments),
-            position_ids=batch.positions,
-            labels=labels.view_as(batch.ids),
-            use_cache=False,
-        ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained(self.model), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def flops(self) -> int:
-        """Useful operations of the step."""
-        return work_of(self.model, live_trunk=False).flops(counts_of(self.batch()))
-
-
-def _cache(shape: ModelShape, data: PreparedData, samples: list[Sample], stack: ExitStack) -> FeatureSource:
-    """Random features of all samples, committed to a cache in a temporary directory."""
-    root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    tower, generator = shape.tower, torch.Generator().manual_seed(0)
-    manifest = manifest_of({"weights": "random"}, tile_size=tower.tile_size, max_tiles=6, codec="bf16")
-    with CacheWriter(root, manifest) as writer:
-        for number, sample in enumerate(samples):
-            grid = Grid(1, 1) if sample.tiles == 1 else Grid(sample.tiles - 1, 1)  # and the overview
-            features = torch.randn(sample.tiles, tower.patches, tower.width, generator=generator)
-            writer.add(data.images(number)[0], features, grid)
-    return CachedFeatures(CacheReader(root, manifest=manifest))
-
-
 def measure_ratio(
-    name: str, shape: ModelShape, samples: list[Sample], rounds: int, *, llm_trains: bool, gemm: float
-) -> dict[str, Any]:
-    """One row: samples per second of ours and of the usual way, whose tower's time is scaled to all of its layers."""
+    name: str, shape: ModelShape, samples: list[Sample], rounds: int, *, trains: Collection[str], gemm: float
+) -> list[dict[str, Any]]:
+    """Two rows: samples per second of ours and of the usual way, whose tower's time is scaled to all of its layers; and
+    where the time of ours goes.
+    """
     with ExitStack() as stack:
-        ours = Ours(shape, samples, llm_trains=llm_trains, stack=stack)
-        usual = UsualModel(shape, TOWER_LAYERS, llm_trains=llm_trains)
+        ours = Ours(shape, samples, trains=trains, stack=stack)
+        usual = UsualModel(shape, TOWER_LAYERS, trains=trains)
         optimizer = adamw(trained(usual))
         batch = padded(ours.data, range(len(samples)), ours.tiles, shape.tower.tile_size)
         layers = _layers_alone(usual.vision, ours.tiles, shape)
@@ -116,7 +37,7 @@ def measure_ratio(
             "tower": layers,
         }
         seconds = {side: median(values) for side, values in interleaved(sides, rounds).items()}
-        flops, padding = ours.flops(), batch.padding
+        flops, padding, profiled = ours.flops(), batch.padding, profile_row(name, ours)
     a_layer = seconds["tower"] / TOWER_LAYERS
     whole = seconds["usual"] + (shape.tower.layers - TOWER_LAYERS) * a_layer
     note = (
@@ -127,15 +48,17 @@ def measure_ratio(
         f"{padding:.0%} of its positions are padding; both fp32, the same projector"
     )
     limit = len(samples) * gemm / flops
-    return row(name, len(samples) / seconds["ours"], len(samples) / whole, limit=limit, unit="samples/s", note=note)
+    ratio = row(f"{name}: ours beside the usual way", len(samples) / seconds["ours"], len(samples) / whole, limit=limit,
+                unit="samples/s", note=note)  # fmt: skip
+    return [ratio, profiled]
 
 
 def measure_llava(shape: ModelShape, samples: list[Sample], rounds: int) -> dict[str, Any]:
     """One row: the usual way with LLaVA's projector, whose LLM sees every patch; stage 1."""
     with ExitStack() as stack:
-        ours = Ours(shape, samples, llm_trains=False, stack=stack)
+        ours = Ours(shape, samples, trains=("projector",), stack=stack)
         every_patch = replace(shape, scale_factor=1)
-        usual = UsualModel(every_patch, TOWER_LAYERS, llm_trains=False, llava_projector=True)
+        usual = UsualModel(every_patch, TOWER_LAYERS, trains=("projector",), llava_projector=True)
         optimizer = adamw(trained(usual))
         batch = padded(prepared(samples, every_patch), range(len(samples)), ours.tiles, shape.tower.tile_size)
         sides: dict[str, Callable[[], Any]] = {
@@ -157,8 +80,8 @@ def measure_llava(shape: ModelShape, samples: list[Sample], rounds: int) -> dict
 def measure_sources(name: str, shape: ModelShape, samples: list[Sample], rounds: int) -> list[dict[str, Any]]:
     """Rows: ours with all savings, beside itself without each one of them, and beside the usual way without any."""
     with ExitStack() as stack:
-        ours = Ours(shape, samples, llm_trains=True, stack=stack)
-        usual = UsualModel(shape, shape.tower.layers, llm_trains=True)
+        ours = Ours(shape, samples, trains=BOTH, stack=stack)
+        usual = UsualModel(shape, shape.tower.layers, trains=BOTH)
         optimizer = adamw(trained(usual))
         tower = stock_tower(shape.tower, shape.tower.layers)
         batch = padded(ours.data, range(len(samples)), ours.tiles, shape.tower.tile_size)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from llama3v.model.llama3v import Llama3VConfig, Llama3VForConditionalGeneration
 from llama3v.train.batches import Batch
 from llama3v.train.features.base import FeatureSource
+from llama3v.train.meter import COUNTED
 from llama3v.train.prepared import PreparedData
 
 EMBEDDING_RMS = 0.02  # of LlamaConfig's random weights
@@ -206,11 +207,5 @@ class RandomFeatures(FeatureSource):
 
 
 def counts_of(batch: Batch) -> dict[str, int]:
-    """What the formula of work (llama3v.plan.flops) takes: tokens, tiles, and pairs of tokens that attend causally."""
-    return {
-        "visual_tokens": batch.visual_tokens,
-        "text_tokens": batch.text_tokens,
-        "supervised_tokens": batch.supervised_tokens,
-        "tiles": batch.tiles,
-        "attention_pairs": int((batch.positions + 1)[batch.segments > 0].sum()),
-    }
+    """What the formula of work (llama3v.plan.flops) takes."""
+    return {name: getattr(batch, name) for name in COUNTED}

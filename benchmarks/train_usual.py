@@ -1,6 +1,6 @@
 """The usual way to train: the tower in the loop, samples padded to the longest, logits of every position; transformers' classes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,10 @@ class LlavaProjector(nn.Module):
 
 
 class UsualModel(nn.Module):
-    """SiglipVisionModel, a projector, LlamaForCausalLM."""
+    """SiglipVisionModel, a projector, LlamaForCausalLM. trains: "projector", "llm" or both."""
 
     def __init__(
-        self, shape: ModelShape, tower_layers: int, *, llm_trains: bool, llava_projector: bool = False
+        self, shape: ModelShape, tower_layers: int, *, trains: Collection[str], llava_projector: bool = False
     ) -> None:
         super().__init__()
         tower = shape.tower
@@ -60,7 +60,8 @@ class UsualModel(nn.Module):
                 scale_factor=shape.scale_factor,
                 hidden=shape.llm.hidden,
             )
-        self.llm = LlamaForCausalLM(shape.llm.config()).requires_grad_(llm_trains).train(llm_trains)
+        self.projector.requires_grad_("projector" in trains)
+        self.llm = LlamaForCausalLM(shape.llm.config()).requires_grad_("llm" in trains).train("llm" in trains)
 
     def forward(self, batch: "PaddedBatch") -> Tensor:
         """The mean loss of the batch, a scalar."""
