@@ -69,10 +69,13 @@ def interleaved(
     rounds: int,
     between: Callable[[], Any] | None = None,
     patience: float = float("inf"),
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each call: all sides in every round, one after another, after one round that is not counted.
 
-    Of a side that takes more than `patience` times the fastest's time that first round is all there is.
+    Of a side that takes more than `patience` times the fastest's time that first round is all there is. Without
+    `warm_up` the first round is one of `rounds`, and counts: for calls of many seconds, which are hardly slower then.
     """
 
     def timed(call: Callable[[], Any]) -> float:
@@ -84,8 +87,9 @@ def interleaved(
 
     first = {name: timed(call) for name, call in sides.items()}
     given_up = {name for name, value in first.items() if value > patience * min(first.values())}
-    seconds: dict[str, list[float]] = {name: [first[name]] if name in given_up else [] for name in sides}
-    for _ in range(rounds):
+    counted = given_up if warm_up else set(sides)
+    seconds: dict[str, list[float]] = {name: [first[name]] if name in counted else [] for name in sides}
+    for _ in range(rounds if warm_up else rounds - 1):
         for name, call in sides.items():
             if name not in given_up:
                 seconds[name].append(timed(call))
@@ -98,10 +102,15 @@ def medians(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 
 def write_results(
-    path: Path | None, rows: Sequence[Mapping[str, Any]], packages: Sequence[str] = (), **more: Any
+    path: Path | None,
+    rows: Sequence[Mapping[str, Any]],
+    packages: Sequence[str] = (),
+    *,
+    show: Sequence[Mapping[str, Any]] | None = None,
+    **more: Any,
 ) -> None:
-    """Print the rows, and write them to `path` with the machine, versions, commit and command."""
-    for entry in rows:
+    """Print the rows, or those to `show`, and write all of them to `path` with the machine, versions, commit and command."""
+    for entry in rows if show is None else show:
         print(in_words(entry))
     if path is None:
         return

@@ -36,7 +36,7 @@ def measure_ratio(
             "usual": lambda: usual_step(usual, optimizer, batch),
             "tower": layers,
         }
-        seconds = {side: median(values) for side, values in interleaved(sides, rounds).items()}
+        seconds = {side: median(values) for side, values in interleaved(sides, rounds, warm_up=False).items()}
         flops, padding, profiled = ours.flops(), batch.padding, profile_row(name, ours)
     a_layer = seconds["tower"] / TOWER_LAYERS
     whole = seconds["usual"] + (shape.tower.layers - TOWER_LAYERS) * a_layer
@@ -66,7 +66,7 @@ def measure_llava(shape: ModelShape, samples: list[Sample], rounds: int) -> dict
             "usual": lambda: usual_step(usual, optimizer, batch),
             "tower": _layers_alone(usual.vision, ours.tiles, shape),
         }
-        seconds = {side: median(values) for side, values in interleaved(sides, rounds).items()}
+        seconds = {side: median(values) for side, values in interleaved(sides, rounds, warm_up=False).items()}
     whole = seconds["usual"] + (shape.tower.layers - TOWER_LAYERS) * seconds["tower"] / TOWER_LAYERS
     return row(
         f"stage 1 beside the usual way with LLaVA's projector ({shape.tower.patches} visual tokens a tile)",
@@ -92,7 +92,7 @@ def measure_sources(name: str, shape: ModelShape, samples: list[Sample], rounds:
             "packing": ours.step_without_packing,
             "head": ours.step_with_full_logits,
         }
-        seconds = {side: median(values) for side, values in interleaved(sides, rounds).items()}
+        seconds = {side: median(values) for side, values in interleaved(sides, rounds, warm_up=False).items()}
         supervised, positions = int(ours.data.labels.sum()), int(ours.data.lengths.sum())
         padding = batch.padding
     rate = {side: len(samples) / value for side, value in seconds.items()}
