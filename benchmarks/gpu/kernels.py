@@ -26,6 +26,14 @@ def kind_of(kernel: str) -> str:
 
 
 def where_time_goes(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """What `_profiled` finds; `error` where the profiler does not work here, which must not lose the other figures."""
+    try:
+        return _profiled(step, device)
+    except RuntimeError as error:
+        return {"shares": {}, "longest": [], "error": str(error).strip().splitlines()[0]}
+
+
+def _profiled(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Shares of one step's time by kind of kernel, "idle" included, and the five longest kernels.
 
     On a CPU, where there are no kernels to tell apart, operations are told by their names instead.

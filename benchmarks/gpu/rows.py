@@ -98,7 +98,7 @@ def _training_rows(part: Part, found: Mapping[str, Any], peak: float | None, fig
             unit="s",
             note=f"the rest is the optimizer and clipping, copies to the GPU, and waiting for rows ({found['wait_share']:.1%})",
         ),
-        row(f"{part.name}: where a step's time goes", 1 - found["kernels"]["shares"]["idle"], unit="share that the device works",
+        row(f"{part.name}: where a step's time goes", _busy(found), unit="share that the device works",
             note=_shares(found)),
     ]  # fmt: skip
     if found["peak_bytes"] is not None:
@@ -107,8 +107,16 @@ def _training_rows(part: Part, found: Mapping[str, Any], peak: float | None, fig
     return rows
 
 
+def _busy(found: Mapping[str, Any]) -> float | None:
+    shares = found["kernels"]["shares"]
+    return 1 - shares["idle"] if shares else None
+
+
 def _shares(found: Mapping[str, Any]) -> str:
-    shares = sorted(found["kernels"]["shares"].items(), key=lambda item: -item[1])
+    kernels = found["kernels"]
+    if "error" in kernels:
+        return f"not profiled: {kernels['error']}"
+    shares = sorted(kernels["shares"].items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {share:.1%}" for kind, share in shares)
 
 
