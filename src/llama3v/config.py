@@ -137,6 +137,9 @@ class EncodeConfig:
     eighth sample from the second on."""
     ray_workers: int = 0
     """Workers on a Ray cluster that share the work (needs the extra `ray`); 0: this process alone."""
+    score: Annotated[bool, FlagCreatePairsOff] = False
+    """Also keep how probably each image and its text (the answer to the turn that shows it) belong together, by
+    the text half of --vision. Images that are cached already are scored from the cache."""
 
     @property
     def max_disk_bytes(self) -> int:
@@ -165,6 +168,7 @@ class EncodeConfig:
             self.max_tiles is None or self.max_tiles >= 0,
             f"--max-tiles is {self.max_tiles}; give 0 (overview only) or more",
         )
+        _require(not (self.follow and self.score), "a ring keeps no scores: leave --score away beside --follow")
         _require(
             self.mode == "features" or self.codec == "bf16",
             f"--codec {self.codec} is for features; mode {self.mode} stores tiles as they are: leave it away",

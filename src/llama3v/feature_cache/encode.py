@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama3v.config import MAX_TILES, EncodeConfig
 from llama3v.data.ledger import Ledger
+from llama3v.data.pairs import texts_of
 from llama3v.data.sources import ImageRef, Rejected, Source, open_source
 from llama3v.errors import CacheError
 from llama3v.feature_cache.codecs import PIXELS
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from llama3v.feature_cache.encoders.base import TrunkEncoder
+    from llama3v.feature_cache.scores_pass import ScoringPass
     from llama3v.model.vision import VisionTower
 
 EARLIEST_STOP = 100
@@ -52,10 +54,11 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         The summary, which is also written to <out>/summary.json: counts of samples and images, tiles and tiles per
         second (over the whole loop without `opening_seconds`, which preparing and checking the engine took),
         wait_share (the share of that time in which the tower did not compute), bytes, fingerprint, and the engine, its
-        device and precision (none where nothing was left to encode).
+        device and precision (none where nothing was left to encode). With --score, pairs that were met and scored.
 
     Raises:
         ConfigError: the engine is not installed, or does not compute this tower's features.
+        CheckpointError: no such tower; with --score, no text half.
         DataError: the data set cannot be opened, or too many of its images are bad.
         CacheError: the cache cannot be written, or features are not finite.
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, after committing what was complete.
@@ -82,10 +85,12 @@ def open_pass(config: EncodeConfig, source: Source, ledger: Ledger | None = None
 
     Raises as `encode`.
     """
+    from llama3v.feature_cache.scores_pass import ScoringPass, load_scorer
     from llama3v.model.vision import load_tower
 
     max_tiles = _max_tiles(config)
     tower = load_tower(config.vision, cut=config.cut)
+    scorer = load_scorer(config, tower) if config.score else None
     pixels = config.mode == "pixels"
     manifest = manifest_of(
         {} if pixels else tower.fingerprint(),
@@ -95,7 +100,8 @@ def open_pass(config: EncodeConfig, source: Source, ledger: Ledger | None = None
     )
     writer = CacheWriter(config.cache, manifest, shard_bytes=config.shard_mb << 20)
     ledger = ledger or Ledger(out_of(config, writer.paths, source) / "ledger.jsonl")
-    return EncodePass(config, max_tiles, source, tower, writer, ledger)
+    scoring = None if scorer is None else ScoringPass(scorer, 0 if pixels else tower.cut, writer)
+    return EncodePass(config, max_tiles, source, tower, writer, ledger, scoring)
 
 
 def out_of(config: EncodeConfig, paths: CachePaths, source: Source) -> Path:
@@ -131,6 +137,12 @@ class Counts:
     """Spent in the engine's `encode`, with moving tiles to its device and features from it."""
     opening_seconds: float = 0.0
     """Spent on preparing, checking and choosing the engine, before the first batch."""
+    pairs: int = 0
+    """Of an image and a text; counted with --score only."""
+    scored: int = 0
+    """Pairs that had no score before."""
+    scored_in_pieces: int = 0
+    """Of them, those whose text is longer than the text half reads."""
 
     def tiles_per_second(self, seconds: float) -> float:
         """Tiles per second of a pass that has taken `seconds`."""
@@ -153,8 +165,10 @@ class EncodePass:
         tower: "VisionTower",
         writer: CacheWriter,
         ledger: Ledger,
+        scoring: "ScoringPass | None" = None,
     ) -> None:
         self.config, self.source, self.writer, self.ledger = config, source, writer, ledger
+        self.scoring = scoring
         self.tower: VisionTower | None = tower  # until the engine has it
         self.encoder: TrunkEncoder | None = None  # until there is something to encode
         self.refs = RefsWriter(writer.paths.refs(source.digest))
@@ -168,13 +182,16 @@ class EncodePass:
         self._bad: dict[str, str] = {}  # key -> reason
         self._writing: deque[Future] = deque()
         self._parts: list[torch.Tensor] = []  # features of the picture that the last batch cut off
+        self._due: deque[str] = deque()  # texts of the images under way, in order
         self._stopping = False
 
     def run(self) -> None:
         """Encode everything. Whatever stops it, what is complete is committed."""
         self._stopping = False
+        self._due.clear()
         started = time.perf_counter()
-        with ThreadPoolExecutor(1, "write") as pool, self.progress:
+        scoring = self.scoring.at_work(self.counts) if self.scoring else nullcontext()
+        with ThreadPoolExecutor(1, "write") as pool, scoring, self.progress:
             try:
                 with self._batches() as batches:
                     for batch in batches:
@@ -213,6 +230,7 @@ class EncodePass:
             "device": self.encoder.device if self.encoder else None,
             "precision": self.encoder.precision if self.encoder else None,
             "codec": self.writer.codec.name,
+            "scored_by": self.scoring.fingerprint if self.scoring else None,
             "shards_set_aside": dict(self.writer.set_aside),
         }
 
@@ -235,6 +253,8 @@ class EncodePass:
                 self.ledger.leave_out(row.id, row.reason)
                 self._check_ratio(early=True)
             else:
+                if self.scoring:
+                    self._due.extend(texts_of(row))
                 yield from ((row.id, image) for image in row.images)
 
     def _is_known(self, key: str) -> bool:
@@ -253,6 +273,7 @@ class EncodePass:
         for outcome in self.preparer.outcomes(self._images()):
             if self._stopping:
                 return
+            text = self._due.popleft() if self.scoring else ""
             self.counts.images += 1
             if self.counts.images % self.config.batch_tiles == 0:
                 self.progress.update()  # also where nothing needs encoding
@@ -263,7 +284,9 @@ class EncodePass:
             else:
                 if self.refs.add(outcome.name, outcome.key) >= REFS_BETWEEN_FLUSHES:
                     self._flush_refs()
-                if not isinstance(outcome, Found):
+                if self.scoring and text:
+                    self.scoring.met(outcome.key, text, to_be_encoded=isinstance(outcome, Picture))
+                if isinstance(outcome, Picture):
                     yield outcome
 
     def _leave_out(self, image: Unreadable) -> None:
@@ -317,6 +340,8 @@ class EncodePass:
             n_tiles = len(picture.tiles.pixels)
             if sum(len(part) for part in self._parts) == n_tiles:
                 parts, self._parts = self._parts, []
+                if self.scoring:
+                    self.scoring.encoded(picture.key, parts)
                 self._writing.append(pool.submit(self._write, picture, parts))
                 self.counts.encoded += 1
                 self.counts.tiles += n_tiles
@@ -333,6 +358,8 @@ class EncodePass:
             self._writing.popleft().result()
         self.writer.commit()
         self._flush_refs()
+        if self.scoring:
+            self.scoring.finish()
 
     def _flush_refs(self) -> None:
         try:
@@ -393,6 +420,8 @@ def _in_words(summary: dict[str, Any], directory: Path, out: Path) -> str:
         f"{summary['wait_share']:.0%} waiting), {summary['already_cached']:,} were cached, "
         f"{summary['duplicates']:,} duplicates"
     ]
+    if summary["scored_by"]:
+        words.append(f"{summary['pairs']:,} pairs, {summary['scored']:,} of them scored now")
     if summary["left_out"]:
         words.append(f"{summary['left_out']:,} left out (reasons: {out / 'ledger.jsonl'})")
     for shard, reason in summary["shards_set_aside"].items():

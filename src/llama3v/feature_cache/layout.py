@@ -3,6 +3,7 @@
     <root>/<fingerprint>/manifest.json        what the fingerprint is the hash of, in words
                          shards/<uuid>.safetensors, shards/<uuid>.idx       see records.py
                          refs/<source digest>.jsonl, quarantine.jsonl, damaged.jsonl       see journal.py
+                         scores/<fingerprint of the text half>/                            see scores_format.py
 
 docs/cache-format.md specifies all of it, for people who write a reader of their own.
 """
@@ -87,6 +88,10 @@ class CachePaths:
     @property
     def damaged(self) -> Path:
         return self.directory / "damaged.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.directory / "scores"
 
     def shard(self, name: str) -> Path:
         return self.shards / f"{name}.safetensors"

@@ -18,7 +18,7 @@ FOREIGN_ORPHAN_SECONDS = 24 * 3600  # far longer than a commit takes
 
 def find_orphans(paths: CachePaths) -> Iterator[Path]:
     """Files that a writer is working on, or that a dead writer left."""
-    for directory in (paths.directory, paths.shards):
+    for directory in (paths.directory, paths.shards, *sorted(paths.scores.glob("*"))):
         yield from sorted(directory.glob(f"*{TEMPORARY}"))
     for shard in sorted(paths.shards.glob("*.safetensors")):
         if not paths.index(shard.stem).exists():

@@ -118,7 +118,7 @@ def _results(config: EncodeConfig) -> Iterator[dict[str, Any]]:
     samples = SAMPLES_IN_CHUNK
 
     def list_samples(_: "pa.Table") -> "Iterator[pa.Table]":  # runs on some machine of the cluster
-        yield from _chunks(open_source(config.data, config.limit), samples)
+        yield from _chunks(open_source(config.data, config.limit), samples, with_turns=config.score)
 
     with _one_row_is_one_block(ray):
         chunks = ray.data.from_items([0]).map_batches(list_samples, batch_format="pyarrow", num_cpus=0)
@@ -135,14 +135,15 @@ def _results(config: EncodeConfig) -> Iterator[dict[str, Any]]:
             yield pickle.loads(row["answer"])
 
 
-def _chunks(source: Source, samples: int) -> "Iterator[pa.Table]":
+def _chunks(source: Source, samples: int, with_turns: bool) -> "Iterator[pa.Table]":
     """Tables of one row: a chunk of the source's rows. An image that is a file travels as its name."""
     import pyarrow as pa
 
     rows = iter(source)
     while chunk := list(islice(rows, samples)):
-        without_turns = [replace(row, turns=()) if isinstance(row, Sample) else row for row in chunk]
-        yield pa.table({"rows": pa.array([pickle.dumps(without_turns)], pa.binary())})
+        if not with_turns:
+            chunk = [replace(row, turns=()) if isinstance(row, Sample) else row for row in chunk]
+        yield pa.table({"rows": pa.array([pickle.dumps(chunk)], pa.binary())})
 
 
 class _Actor:
