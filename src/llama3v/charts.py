@@ -88,20 +88,20 @@ def _drawing(
     kind: str,
 ) -> str:
     drawn = [point for points in curves.values() for point in points if not math.isnan(point[1])]
-    about = _text(f"{y_label} over {x_label}: {', '.join(curves)}")
+    about = literal(f"{y_label} over {x_label}: {', '.join(curves)}")
     head = f'<svg class="plot {kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{about}">'
     if not drawn:
-        return f"{head}{_label(width / 2, height / 2, 'no values', anchor='middle')}</svg>"
+        return f"{head}{label(width / 2, height / 2, 'no values', anchor='middle')}</svg>"
     names = [name for name, points in curves.items() if any(not math.isnan(y) for _, y in points)]
     longest = max(map(len, names))
     has_legend = kind == "narrow" or len(names) > 5 or longest > 24
     names_at_end = len(names) > 1 and not has_legend
-    ticks = _ticks(min(y for _, y in drawn), max(y for _, y in drawn), log_y)
+    ticks = round_numbers(min(y for _, y in drawn), max(y for _, y in drawn), log_y)
     legend_rows = sum(_legend_rows(names, width)) if has_legend and len(curves) > 1 else 0
     frame = Frame(
         width=width,
         height=height,
-        left=8 + LETTER * max(len(_number(tick)) for tick in ticks),
+        left=8 + LETTER * max(len(number(tick)) for tick in ticks),
         right=14 + LETTER * longest if names_at_end else 12,
         bottom=40 + LINE * legend_rows,
         x=(min(x for x, _ in drawn), max(x for x, _ in drawn)),
@@ -122,18 +122,18 @@ def _drawing(
 
 
 def _axes(frame: Frame, ticks: Sequence[float], x_label: str, y_label: str) -> list[str]:
-    parts = [_label(0, 12, y_label)]  # along the top and upright: a rotated label is hard to read
+    parts = [label(0, 12, y_label)]  # along the top and upright: a rotated label is hard to read
     for tick in ticks:
         _, y = frame.place(frame.x[0], tick)
         ends = f'x1="{frame.left:.1f}" x2="{frame.width - frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
         parts.append(f'<line class="grid" {ends}/>')
-        parts.append(_label(frame.left - 6, y + 4, _number(tick), anchor="end"))
+        parts.append(label(frame.left - 6, y + 4, number(tick), anchor="end"))
     floor = frame.height - frame.bottom
-    for tick in _ticks(*frame.x, False, most=4 if frame.width < 500 else 8):
+    for tick in round_numbers(*frame.x, False, most=4 if frame.width < 500 else 8):
         if frame.x[0] <= tick <= frame.x[1]:
-            parts.append(_label(frame.place(tick, frame.y[0])[0], floor + 16, _number(tick), anchor="middle"))
+            parts.append(label(frame.place(tick, frame.y[0])[0], floor + 16, number(tick), anchor="middle"))
     middle = (frame.left + frame.width - frame.right) / 2
-    return [*parts, _label(middle, floor + 33, x_label, anchor="middle")]
+    return [*parts, label(middle, floor + 33, x_label, anchor="middle")]
 
 
 def _curve(frame: Frame, points: list[tuple[float, float]], index: int) -> list[str]:
@@ -194,7 +194,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _ticks(low: float, high: float, log_y: bool, most: int = 6) -> list[float]:
+def round_numbers(low: float, high: float, log_y: bool, most: int = 6) -> list[float]:
     """Round numbers that enclose the values, at most about `most` of them."""
     if log_y:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -209,7 +209,8 @@ def _ticks(low: float, high: float, log_y: bool, most: int = 6) -> list[float]:
     return [round(count * step, 12) for count in range(first, max(last, first + 1) + 1)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A value of an axis."""
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
         mantissa, _, power = f"{value:.3e}".partition("e")
         return f"{float(mantissa):g}e{int(power)}"
@@ -221,7 +222,7 @@ def _names(ends: Sequence[tuple[str, int, float, float]]) -> list[str]:
     heights = spread([y for *_, y in ends], LINE)
     right = max(x for _, _, x, _ in ends)
     return [
-        _label((right if x > 0.85 * right else x) + 7, height + 4, name, style=f"series-{index % len(LIGHT.series)}")
+        label((right if x > 0.85 * right else x) + 7, height + 4, name, style=f"series-{index % len(LIGHT.series)}")
         for (name, index, x, _), height in zip(ends, heights, strict=True)
     ]
 
@@ -243,7 +244,7 @@ def _legend(ends: Sequence[tuple[str, int, float, float]], frame: Frame) -> list
         x, y = (0.0, y + LINE) if starts else (x, y)
         style = f"series-{index % len(LIGHT.series)}"
         parts.append(f'<rect class="{style}" x="{x:.1f}" y="{y - 9:.1f}" width="10" height="10" rx="2"/>')
-        parts.append(_label(x + 15, y, name))
+        parts.append(label(x + 15, y, name))
         x += 26 + LETTER * len(name)
     return parts
 
@@ -270,11 +271,12 @@ def _low(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
     return sum(heights[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
 
 
-def _label(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
+def label(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
+    """A text as an SVG element; `style` is its class."""
     look = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{look}>{_text(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{look}>{literal(text)}</text>'
 
 
-def _text(text: str) -> str:
+def literal(text: str) -> str:
     """Literal text: what a data set or a model says cannot become markup."""
     return escape(text, quote=True)

@@ -189,19 +189,21 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Look into a feature cache, check all of it, drop what no data set needs, or hand features to others.
+    """Look into a feature cache, check all of it, drop what no data set needs, export features, see pair scores.
 
     Examples:
         llama3v cache info /nvme/cache
         llama3v cache verify /nvme/cache --out reports
         llama3v cache prune /nvme/cache --keep photos/train.json --yes
         llama3v cache export /nvme/cache --out plain --limit 1000
+        llama3v cache scores /nvme/cache --data photos/train.json --min-score 0.05 --out reports
     """
 
-    action: Positional[Literal["info", "verify", "prune", "export"]]
+    action: Positional[Literal["info", "verify", "prune", "export", "scores"]]
     """info: counts, bytes and the fingerprint in words. verify: read every record and check its checksum.
     prune: drop records that `keep` does not name, records that are set aside, and duplicates. export: write
-    plain safetensors files and the names of the images, for programs that know nothing of caches."""
+    plain safetensors files and the names of the images, for programs that know nothing of caches. scores: how the
+    pairs scored that `encode --score` met, as an HTML report."""
     cache: Positional[Path]
     """Root of the feature cache."""
     out: MaybePath = None
@@ -217,12 +219,28 @@ class CacheConfig:
     """export: only the first N records, in the order of their keys."""
     file_mb: int = 512
     """export: size of a file of features, about."""
+    data: Annotated[tuple[str, ...], arg(metavar="DATA...", help_behavior_hint="")] = ()
+    """scores: data sets whose pairs are reported and shown (default: numbers alone, of all pairs)."""
+    min_score: MaybeFloat = None
+    """scores: show what training with this --min-score would leave out."""
+    worst: int = 24
+    """scores: how many of the pairs with the lowest scores are shown."""
 
     def __post_init__(self) -> None:
         _require(self.action in ("prune", "export") or not self.keep, f"--keep has no meaning for {self.action}")
         _require(self.action == "prune" or not self.yes, f"--yes has no meaning for {self.action}")
         _require(self.action == "export" or self.limit is None, f"--limit has no meaning for {self.action}")
-        _require(self.action != "export" or self.out is not None, "export needs a directory: --out DIR")
+        _require(
+            self.action not in ("export", "scores") or self.out is not None,
+            f"{self.action} needs a directory: --out DIR",
+        )
+        _require(self.action == "scores" or not self.data, f"--data has no meaning for {self.action}")
+        _require(self.action == "scores" or self.min_score is None, f"--min-score has no meaning for {self.action}")
+        _require(
+            self.min_score is None or 0 <= self.min_score <= 1,
+            f"--min-score is {self.min_score}; give a probability, 0 to 1",
+        )
+        _require(self.worst >= 0, f"--worst is {self.worst}; give 0 or more")
         _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; give 1 or more")
         _require(self.file_mb >= 1, f"--file-mb is {self.file_mb}; give 1 or more")
 
@@ -291,6 +309,9 @@ class TrainConfig:
     preemption_hours: MaybeFloat = None
     """Mean hours between preemptions of this machine. Checkpoints are then written as often as loses the least
     time (Young's formula, from what a save takes), instead of every `checkpoint_every` steps."""
+    min_score: MaybeFloat = None
+    """Leave out samples whose pair score (`encode --score`) is lower; `llama3v cache scores` shows which. The
+    validation set is not filtered."""
     dollars_per_hour: float = 0.0
     """Price of this machine, to state what the run costs."""
     budget: MaybeFloat = None
@@ -314,6 +335,14 @@ class TrainConfig:
             "--rows-per-step and --rows-per-pass start at 1",
         )
         _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
+        _require(
+            self.min_score is None or 0 <= self.min_score <= 1,
+            f"--min-score is {self.min_score}; give a probability, 0 to 1",
+        )
+        _require(
+            self.min_score is None or (self.mode != "stream" and self.ring is None),
+            "--min-score needs the scores of a cache; there is none in mode stream, nor with --ring",
+        )
         _require(self.checkpoint_every >= 1, f"--checkpoint-every is {self.checkpoint_every}; give 1 or more")
         _require(
             self.preemption_hours is None or self.preemption_hours > 0,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import llama3v
 from llama3v import charts
+from llama3v.histogram import Histogram, draw_histogram
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,6 +101,18 @@ class Report:
         if not note and any(len(points) > charts.CLOUD for points in series.values()):
             note = "Faint: every value. Full colour: running mean."
         self._add("plot", title, note, drawing=drawing)
+
+    def add_histogram(
+        self,
+        title: str,
+        bars: Histogram,
+        x_label: str,
+        y_label: str,
+        mark: tuple[float, str] | None = None,
+        note: str = "",
+    ) -> None:
+        """Add a histogram; `mark`: an upright line at x, and what is written beside it."""
+        self._add("plot", title, note, drawing=draw_histogram(bars, x_label, y_label, mark))
 
     def add_bars(self, title: str, groups: Mapping[str, Mapping[str, float]], note: str = "") -> None:
         """Add grouped bars: group -> series -> value, none below 0.

@@ -28,7 +28,7 @@ from llama3v.errors import CacheError
 from llama3v.feature_cache.codecs import PIXELS
 from llama3v.feature_cache.commit import publish
 from llama3v.feature_cache.layout import CachePaths, manifest_of
-from llama3v.feature_cache.pipeline import Batch, Found, Picture, Preparer, Unreadable, make_batches, one_ahead
+from llama3v.feature_cache.pipeline import Batch, Picture, Preparer, Unreadable, make_batches, one_ahead
 from llama3v.feature_cache.progress import EncodeProgress
 from llama3v.feature_cache.refs import RefsWriter
 from llama3v.feature_cache.writer import CacheWriter

@@ -68,9 +68,10 @@ class Scores:
         """Number of pairs."""
         return len(self._view.first)
 
-    def values(self) -> np.ndarray:
-        """float32 [pairs]: the score of every pair."""
-        return self._view.rows["score"][self._view.first]
+    @property
+    def rows(self) -> np.ndarray:
+        """[pairs] of dtype `ROW`: one row for every pair, sorted by pair."""
+        return self._view.rows[self._view.first]
 
     def set_aside(self) -> list[tuple[str, str]]:
         """Mark the broken files for everyone, so that their pairs are scored anew, and return (name, reason) of them.

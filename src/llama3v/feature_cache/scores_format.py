@@ -29,7 +29,9 @@ FORMAT_VERSION = 1
 MAGIC = b"L3VSCR\r\n"
 SUFFIX = ".scores"
 
-_HEADER = struct.Struct("<8sIIQ16s16s16s")  # magic, version, bytes of a row, rows, features, text half, name of the file
+_HEADER = struct.Struct(
+    "<8sIIQ16s16s16s"
+)  # magic, version, bytes of a row, rows, features, text half, name of the file
 ROW = np.dtype(
     [
         ("pair", "S32"),  # key of the image, hash of the text
@@ -132,7 +134,9 @@ def unpack_scores(data: bytes, paths: ScorePaths, name: str) -> np.ndarray:
         raise ValueError("it does not match its own checksum: truncated or damaged")
     magic, version, row_bytes, count, features, scorer, own_name = _HEADER.unpack_from(data)
     if (magic, version, row_bytes) != (MAGIC, FORMAT_VERSION, ROW.itemsize):
-        raise ValueError(f"it is of version {version} with rows of {row_bytes} bytes; this program reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"it is of version {version} with rows of {row_bytes} bytes; this program reads {FORMAT_VERSION}"
+        )
     if (features.hex(), scorer.hex(), own_name) != (paths.features.fingerprint, paths.scorer, uuid.UUID(name).bytes):
         raise ValueError("it belongs to another place: it was moved here")
     rows = np.frombuffer(data[_HEADER.size : -CHECKSUM_BYTES], dtype=ROW)

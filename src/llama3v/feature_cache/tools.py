@@ -1,4 +1,4 @@
-"""`llama3v cache info | verify | prune | export`: what a cache holds, whether it is whole, and what may go."""
+"""`llama3v cache info | verify | prune | export | scores`: what a cache holds, whether it is whole, what may go."""
 
 import json
 from collections.abc import Callable
@@ -18,6 +18,9 @@ from llama3v.feature_cache.index import Index
 from llama3v.feature_cache.layout import CachePaths, fingerprints, read_manifest
 from llama3v.feature_cache.orphans import find_orphans
 from llama3v.feature_cache.reader import content_digest
+from llama3v.feature_cache.scores_format import scored_by
+from llama3v.feature_cache.scores_report import report_scores
+from llama3v.feature_cache.scores_tools import scores_info
 from llama3v.feature_cache.tools_export import export
 from llama3v.feature_cache.tools_prune import complaint_about_pruning, prune
 from llama3v.feature_cache.tools_verify import complaint_about_damage, verify
@@ -30,11 +33,11 @@ Results = dict[str, dict[str, Any]]
 
 
 def cache(config: CacheConfig) -> Results:
-    """Look into a feature cache, verify, prune or export it.
+    """Look into a feature cache, verify, prune or export it, or report its pair scores.
 
     Returns:
         fingerprint -> what it holds (`info`), how much of it was read and what was damaged (`verify`), what went or
-        would go (`prune`), what was written (`export`). With `config.out`, the same as <out>/<action>.json.
+        would go (`prune`), what was written (`export`), how pairs scored (`scores`). With `config.out`, the same as <out>/<action>.json.
 
     Raises:
         CacheError: there is no such cache; `verify` or `prune` found damage, or records that still wait to be encoded
@@ -47,6 +50,7 @@ def cache(config: CacheConfig) -> Results:
         "verify": lambda paths, _: verify(paths),
         "prune": prune,
         "export": export,
+        "scores": report_scores,
     }
     try:
         results = {name: actions[config.action](CachePaths(config.cache, name), config) for name in chosen}
@@ -84,6 +88,7 @@ def info(paths: CachePaths) -> dict[str, Any]:
         "content digest": content_digest(index),
         "images named, by source": {path.stem: sum(1 for _ in journal.read(path)) for path in refs},
         "quarantined images": sum(1 for _ in journal.read(paths.quarantine)),
+        "pair scores": scores_info(paths),
         "set aside": len(index.damaged),
         "damaged shards": index.broken,
         "unfinished files": [path.name for path in find_orphans(paths)],
@@ -98,9 +103,11 @@ def _choose(config: CacheConfig) -> list[str]:
     if config.fingerprint is not None and config.fingerprint not in found:
         raise CacheError(f"{config.cache} has no fingerprint {config.fingerprint}; it has {', '.join(found)}")
     chosen = found if config.fingerprint is None else [config.fingerprint]
-    if config.action == "export" and len(chosen) > 1:
+    if config.action == "scores" and config.fingerprint is None:
+        chosen = [name for name in found if scored_by(CachePaths(config.cache, name))] or found[:1]
+    if config.action in ("export", "scores") and len(chosen) > 1:
         raise CacheError(
-            f"{config.cache} holds {len(chosen)} fingerprints ({', '.join(chosen)}) and export takes one: "
+            f"{config.cache} holds {len(chosen)} fingerprints ({', '.join(chosen)}) and {config.action} takes one: "
             f"give --fingerprint; `llama3v cache info {config.cache}` shows them in words"
         )
     return chosen

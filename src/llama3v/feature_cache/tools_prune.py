@@ -23,6 +23,7 @@ from llama3v.feature_cache.progress import prune_progress
 from llama3v.feature_cache.prune_plan import Plan, make_plan
 from llama3v.feature_cache.records import Record, checksum_of
 from llama3v.feature_cache.refs import digests_of, keys_named
+from llama3v.feature_cache.scores_tools import ScorePruning
 from llama3v.feature_cache.writer import write_shard
 
 CRASH_POINTS = ("prune-refs-removed", "prune-index-removed", "prune-index-flushed", "prune-shard-removed")
@@ -31,7 +32,8 @@ NEW_SHARD_BYTES = 256 << 20
 
 
 def prune(paths: CachePaths, config: CacheConfig) -> dict[str, Any]:
-    """Drop records that no kept data set names, records that are set aside, and duplicates; collect orphans.
+    """Drop records that no kept data set names, records that are set aside, and duplicates; with them the pair scores of
+    what is not named; collect orphans.
 
     Without `config.yes`, only count. A kept record of which a duplicate goes is verified first, and so is everything
     that is copied; what turns out to be damaged is set aside.
@@ -43,7 +45,7 @@ def prune(paths: CachePaths, config: CacheConfig) -> dict[str, Any]:
     """
     read_manifest(paths)
     if not config.yes:
-        return _in_words(paths, *_plan(paths, config.keep), done=False)
+        return _in_words(paths, *_plan(paths, config.keep), _plan_scores(paths, config.keep), done=False)
     presence, certain = enter_alone(paths)
     with presence:
         index, plan = _plan(paths, config.keep)
@@ -52,8 +54,10 @@ def prune(paths: CachePaths, config: CacheConfig) -> dict[str, Any]:
             damaged += [record.key for record in found]
             _set_aside(index, found)  # its duplicate is the record from now on
             index, plan = _plan(paths, config.keep)
-        result = _in_words(paths, index, plan, done=True)
+        scores = _plan_scores(paths, config.keep)
+        result = _in_words(paths, index, plan, scores, done=True)
         collect_orphans(paths)
+        scores.run()
         for refs in plan.forgotten:
             _remove(refs, "prune-refs-removed")
         damaged += _Pruning(paths, index, plan).run()
@@ -143,7 +147,15 @@ def _plan(paths: CachePaths, keep: tuple[str, ...]) -> tuple[Index, Plan]:
             f"({reason}). Run `llama3v cache verify {paths.root}`, then `llama3v encode` on the data they belong to, "
             "then prune"
         )
-    return index, make_plan(paths, index, keys_named(paths, digests_of(keep)) if keep else None)
+    return index, make_plan(paths, index, _named(paths, keep))
+
+
+def _plan_scores(paths: CachePaths, keep: tuple[str, ...]) -> ScorePruning:
+    return ScorePruning(paths, _named(paths, keep))
+
+
+def _named(paths: CachePaths, keep: tuple[str, ...]) -> dict[Path, np.ndarray] | None:
+    return keys_named(paths, digests_of(keep)) if keep else None
 
 
 def _is_whole(paths: CachePaths, record: Record) -> bool:
@@ -156,7 +168,7 @@ def _set_aside(index: Index, damaged: list[Record]) -> None:
     index.set_aside([(record.shard, record.key, "its bytes do not match their checksum") for record in damaged])
 
 
-def _in_words(paths: CachePaths, index: Index, plan: Plan, done: bool) -> dict[str, Any]:
+def _in_words(paths: CachePaths, index: Index, plan: Plan, scores: ScorePruning, done: bool) -> dict[str, Any]:
     unfinished = [path for path in find_orphans(paths) if path.exists()]
     return {
         "done": done if done else "no: this is what would go; add --yes to do it",
@@ -171,6 +183,8 @@ def _in_words(paths: CachePaths, index: Index, plan: Plan, done: bool) -> dict[s
         "shards of which nothing stays": len(plan.unused),
         "bytes to copy": plan.bytes_to_copy,
         "bytes freed": plan.bytes_freed + sum(path.stat().st_size for path in unfinished),
+        "pair scores that stay": scores.stays,
+        "pair scores that go": scores.goes,
         "data sets forgotten": [path.stem for path in plan.forgotten],
         "unreadable lines in the names of kept data sets": plan.unreadable_lines,
     }

@@ -10,6 +10,7 @@ from llama3v.feature_cache.index import Index, shard_header_is_whole
 from llama3v.feature_cache.layout import CachePaths, read_manifest
 from llama3v.feature_cache.progress import scrub_progress
 from llama3v.feature_cache.records import Record, ShardIndex, checksum_of
+from llama3v.feature_cache.scores_tools import verify_scores
 
 SHOWN = 20
 """Damaged records that the error lists; damaged.jsonl and the report have them all."""
@@ -33,12 +34,15 @@ def verify(paths: CachePaths) -> dict[str, Any]:
         for shard in list(index.shards.values()):
             damage += _scrub(paths, shard, index.damaged, advance)
     index.set_aside(damage)
+    pairs, damaged_scores = verify_scores(paths)
     return {
         "records": len(index),
         "shards": len(index.shards),
         "bytes read": total,
         "damaged": [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in damage],
         "waiting to be encoded anew": sorted(_waiting(paths, index)),
+        "pair scores": pairs,
+        "damaged files of pair scores": damaged_scores,
         "data sets": {path.stem: _named(path, index) for path in sorted((paths.directory / "refs").glob("*.jsonl"))},
     }
 
@@ -47,8 +51,15 @@ def complaint_about_damage(results: dict[str, dict[str, Any]]) -> str:
     """What is wrong after `verify`, in one line; empty where nothing is."""
     damaged = [damage for result in results.values() for damage in result["damaged"]]
     waiting = [key for result in results.values() for key in result["waiting to be encoded anew"]]
+    scores = [damage for result in results.values() for damage in result["damaged files of pair scores"]]
+    of_scores = (
+        f"{len(scores)} damaged files of pair scores are set aside, such as {scores[0]['file']} ({scores[0]['reason']}): "
+        "run `llama3v encode --score` again on the data they belong to"
+        if scores
+        else ""
+    )
     if not damaged and not waiting:
-        return ""
+        return of_scores
     named = [
         f"{damage['key'] or 'all records'} in shard {damage['shard']} ({damage['reason']})"
         for damage in damaged[:SHOWN]
@@ -58,7 +69,7 @@ def complaint_about_damage(results: dict[str, dict[str, Any]]) -> str:
     found = " and ".join(f"{count} damaged {kind}" for kind, count in sorted(kinds.items())) or "no new damage"
     return (
         f"{found}{': ' if named else ''}{', '.join(named)}{more}; {len(waiting)} known images wait to be encoded "
-        "anew: run `llama3v encode` again on the data they belong to"
+        f"anew: run `llama3v encode` again on the data they belong to{'; ' if of_scores else ''}{of_scores}"
     )
 
 

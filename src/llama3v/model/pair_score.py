@@ -152,7 +152,9 @@ class PairScorer:
         return self.model.logit_scale.device
 
     def _count(self, text: str) -> int:
-        ids = self.tokenizer(_encodable(text), return_attention_mask=False, truncation=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(_encodable(text), return_attention_mask=False, truncation=False, verbose=False)[
+            "input_ids"
+        ]
         return len(ids)
 
     def _tokenizer_digest(self) -> str:

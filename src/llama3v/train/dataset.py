@@ -20,6 +20,7 @@ from llama3v.model.prompt import Renderer
 from llama3v.model.slicing import Grid
 from llama3v.train.features.base import ImageLookup, NotFoundError
 from llama3v.train.locations import LocationsWriter
+from llama3v.train.pair_filter import TOO_LOW, PairFilter
 from llama3v.train.prepared import PreparedData, PreparedWriter, load_prepared
 
 HOPELESS = 64
@@ -43,6 +44,7 @@ class Preparation:
         made_from: what the result depends on beside these: tokenizer, prompt, fingerprint of the cache.
         max_bad_ratio: largest share of the samples that may be left out.
         encode_command: data set -> the command that fills the cache with it.
+        pair_filter: leaves out samples whose images and texts do not belong together.
     """
 
     sources: Sequence[AddressableSource]
@@ -54,12 +56,14 @@ class Preparation:
     max_bad_ratio: float
     encode_command: Callable[[str], str]
     with_locations: bool = False
+    pair_filter: PairFilter | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the prepared data is a function of, in words."""
         sources = [source.digest for source in self.sources]
-        return {**self.made_from, "row_tokens": self.row_tokens, "sources": sources}
+        chosen = self.pair_filter.identity if self.pair_filter else {}
+        return {**self.made_from, "row_tokens": self.row_tokens, "sources": sources, **chosen}
 
 
 def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, keep: bool) -> PreparedData:
@@ -69,7 +73,8 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
         keep: take it even if some images were not found then: a resumed run must not change its data.
 
     Raises:
-        CacheError: no image of a data set is found. DataError: all samples, or too many, cannot be used.
+        CacheError: no image of a data set is found, or a pair has no score. DataError: all samples, or too many, cannot
+            be used.
     """
     found = load_prepared(directory, preparation.identity, with_locations=preparation.with_locations)
     if found is not None and (keep or not found.not_in_cache):
@@ -84,9 +89,9 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
             for item, found_images in read_ahead(pool, images.of, source, LOOKED_UP_AHEAD):
                 total += 1
                 try:
-                    writer.add(*_render(item, found_images, preparation))
+                    writer.add(*_render(item, found_images, preparation, name))
                 except _LeftOutError as error:
-                    ledger.leave_out(item.id, error.reason, data=name, **error.detail)
+                    ledger.leave_out(item.id, error.reason, by_choice=error.by_choice, data=name, **error.detail)
                     missing += error.not_found
                 else:
                     _note_locations(locations, number, item, found_images)
@@ -95,15 +100,20 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
             names = ", ".join(preparation.names)
             raise DataError(f"{names}: none of the {total} samples can be trained on; {ledger_path} has the reasons")
         ledger.check_ratio(total, preparation.max_bad_ratio)
-        return writer.commit(preparation.identity, left_out=ledger.count, not_in_cache=missing)
+        return writer.commit(
+            preparation.identity,
+            left_out=ledger.count + ledger.by_choice,
+            not_in_cache=missing,
+            below_min_score=ledger.by_choice,
+        )
 
 
 class _LeftOutError(Exception):
     """Why a sample is not used."""
 
-    def __init__(self, reason: str, not_found: bool = False, **detail: Any) -> None:
+    def __init__(self, reason: str, not_found: bool = False, by_choice: bool = False, **detail: Any) -> None:
         super().__init__(reason)
-        self.reason, self.not_found, self.detail = reason, not_found, detail
+        self.reason, self.not_found, self.by_choice, self.detail = reason, not_found, by_choice, detail
 
 
 Found = list[tuple[str, Grid]] | NotFoundError
@@ -111,7 +121,7 @@ Found = list[tuple[str, Grid]] | NotFoundError
 
 
 def _render(
-    item: Sample | Rejected, images: Found, preparation: Preparation
+    item: Sample | Rejected, images: Found, preparation: Preparation, data: str
 ) -> tuple[np.ndarray, np.ndarray, list[str], list[Grid]]:
     """Ids int32 [tokens], supervised uint8 [tokens], keys and grids of the images."""
     if isinstance(item, Rejected):
@@ -119,8 +129,11 @@ def _render(
     if not _is_trained_on(item):
         raise _LeftOutError(NO_ANSWER)
     if isinstance(images, NotFoundError):
-        raise _LeftOutError(str(images), not_found=True, **images.detail)
+        raise _LeftOutError(str(images), not_found=True, by_choice=False, **images.detail)
     keys, grids = [key for key, _ in images], [grid for _, grid in images]
+    low = preparation.pair_filter.too_low(item, keys, data) if preparation.pair_filter else None
+    if low is not None:
+        raise _LeftOutError(TOO_LOW, by_choice=True, score=low.score, image=item.images[low.image].name, text=low.text)
     try:
         rendered = preparation.renderer.render(item.turns, grids)
     except PromptError as error:

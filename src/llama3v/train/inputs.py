@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama3v.config import EncodeConfig, PretrainConfig, TrainConfig
 from llama3v.data.sources.base import AddressableSource, open_source
-from llama3v.feature_cache.layout import fingerprint_of, manifest_of
+from llama3v.feature_cache.layout import CachePaths, fingerprint_of, manifest_of
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.ring.files import RingPaths, TrainerSide
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
@@ -24,6 +24,7 @@ from llama3v.train.features.pixels import PixelFeatures
 from llama3v.train.features.ring import RingFeatures, RingTask
 from llama3v.train.features.streamed import StreamedFeatures
 from llama3v.train.locations import locate_in
+from llama3v.train.pair_filter import PairFilter, open_filter
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import refuse_drift, tokenizer_digest
 from llama3v.train.validation import Validation
@@ -58,7 +59,9 @@ def open_inputs(
 
     Raises what `open_source` and `prepare` do; CheckpointError.
     """
-    training = _preparation(config, model, tokenizer, source, config.data, config.limit, encode_options)
+    training = _preparation(
+        config, model, tokenizer, source, config.data, config.limit, encode_options, _open_filter(config, model, source)
+    )
     keep = checkpoint is not None
     if checkpoint is not None:  # before anything in `out` is touched
         before = checkpoint.state["identity"]["made_from"]
@@ -146,6 +149,17 @@ def _open_ring(config: TrainConfig, model: Model, side: TrainerSide) -> RingFeat
     return RingFeatures(side, task, manifest, config.out / BROKEN)
 
 
+def _open_filter(config: TrainConfig, model: Model, source: FeatureSource) -> PairFilter | None:
+    """Held-out data are not filtered: losses of runs with different thresholds stay comparable."""
+    if config.cache is None:
+        return None
+    fingerprint = source.fingerprint
+    if config.mode == "pixels":
+        tile_size, max_tiles = model.vision.tile_size, model.config.max_tiles
+        fingerprint = fingerprint_of(manifest_of({}, tile_size=tile_size, max_tiles=max_tiles, codec="u8"))
+    return open_filter(config, CachePaths(config.cache, fingerprint))
+
+
 def encode_command(config: TrainConfig, data: str, encode_options: Sequence[str]) -> str:
     """The command that fills the cache with a data set for this run."""
     return shlex.join(["llama3v", "encode", "--data", data, *encode_options, "--cache", str(config.cache)])
@@ -159,6 +173,7 @@ def _preparation(
     names: tuple[str, ...],
     limit: int | None,
     encode_options: Sequence[str],
+    pair_filter: PairFilter | None = None,
 ) -> Preparation:
     tokens, prompt_format = model.tokens_per_tile, model.config.prompt_format
     sources: list[AddressableSource] = [open_source(name, limit) for name in names]
@@ -179,4 +194,5 @@ def _preparation(
         max_bad_ratio=config.max_bad_ratio,
         encode_command=lambda data: encode_command(config, data, encode_options),
         with_locations=source.needs_files,
+        pair_filter=pair_filter,
     )

@@ -39,6 +39,7 @@ class PreparedData:
         digest: hash of all that training reads.
         left_out: samples of the sources that are not here; the ledger has the reasons.
         not_in_cache: of them, those of which an image was not found.
+        below_min_score: of them, those whose pair score is too low.
         locations: where the images lie, if that was noted.
     """
 
@@ -53,6 +54,7 @@ class PreparedData:
     digest: str
     left_out: int
     not_in_cache: int
+    below_min_score: int
     locations: Locations | None
 
     def __len__(self) -> int:
@@ -115,7 +117,9 @@ class PreparedWriter:
             self._keys += key.encode()
             self._grids.extend((grid.columns, grid.rows))
 
-    def commit(self, made_from: dict[str, Any], *, left_out: int, not_in_cache: int) -> PreparedData:
+    def commit(
+        self, made_from: dict[str, Any], *, left_out: int, not_in_cache: int, below_min_score: int = 0
+    ) -> PreparedData:
         """Move what was added to its place and open it."""
         self._tokens.close()
         self._supervised.close()
@@ -135,6 +139,7 @@ class PreparedWriter:
             "made_from": made_from,
             "left_out": left_out,
             "not_in_cache": not_in_cache,
+            "below_min_score": below_min_score,
             "digest": digest_of(self._temporary),
             "locations": _locations_digest(self._temporary),
         }
@@ -170,6 +175,7 @@ def load_prepared(directory: Path, made_from: dict[str, Any], *, with_locations:
             digest=description["digest"],
             left_out=description["left_out"],
             not_in_cache=description["not_in_cache"],
+            below_min_score=description.get("below_min_score", 0),  # absent where an earlier version prepared it
             locations=Locations(directory) if with_locations else None,
             **load_file(directory / INDEX),
         )

@@ -43,6 +43,7 @@ def summarise(
         "epochs": plan.epochs_in(loop.schedule.steps),
         "samples": len(data),
         "left_out": data.left_out,
+        "below_min_score": data.below_min_score,
         "fill": fullness,
         "first_loss": losses[0] if losses else None,
         "loss": sum(losses[-last:]) / last if losses else None,  # mean over the last twentieth
