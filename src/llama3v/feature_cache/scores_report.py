@@ -104,7 +104,7 @@ def _add_numbers(
             edges,
             "probability of belonging together",
             unit,
-            [(_log_odds(p), f"{p:g}") for p in _TICKS],
+            [(_log_odds(p), f"{p:.5f}".rstrip("0")) for p in _TICKS],
             mark,
             "The axis is stretched towards 0 and 1 (log-odds), where most scores are.",
         )

@@ -136,6 +136,8 @@ def _in_words(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_on_a_line(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
