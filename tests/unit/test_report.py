@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llama3v import charts
+from llama3v.histogram import Histogram, draw_histogram
 from llama3v.report import GalleryItem, Report, show
 
 HOSTILE = """<script>alert(1)</script><img src=https://evil.example/x onerror='x'>" & {{ 7*7 }} \ud800"""
@@ -47,6 +48,7 @@ def full_report(text: str) -> Report:
     report.add_code(text, text, text)
     report.add_table(text, [text, "n"], [[text, 1], [None, 2]], text)
     report.add_plot(text, {text: [(0, 1.0), (1, 0.5)], "b": [(0, 2.0)]}, text, text, note=text)
+    report.add_histogram(text, Histogram([3, 1], [0, 1, 2], [(0.5, text)]), text, text, (1.5, text), text)
     report.add_bars(text, {text: {text: 0.5, "blind": 0.25}}, text)
     report.add_gallery(text, [GalleryItem(PICTURE, [(text, text, True), (text, text, False)])], text)
     return report
@@ -80,7 +82,7 @@ def test_hostile_text_stays_text_in_every_section(hostile_html: str) -> None:
     assert "script" not in page.tags
     assert page.handlers == []
     assert page.tags.count("img") == 1  # the picture
-    assert page.tags.count("svg") == 2  # the plot in two widths
+    assert page.tags.count("svg") == 4  # plot and histogram in two widths
     assert page.text.count("<script>alert(1)</script>") >= 15
     assert "{{ 7*7 }}" in page.text
 
@@ -189,6 +191,20 @@ def test_a_million_points_make_a_small_drawing_that_keeps_the_extremes() -> None
     cloud = paths(svg)[0]
     heights = [float(place.split()[1]) for place in re.findall(r"[ML]([^ML]+)", cloud)]
     assert sorted(heights)[0] < 40 < 200 < sorted(heights)[1]  # the one spike, and nothing like it
+
+
+def test_bars_of_a_histogram_stand_side_by_side_on_the_axis_with_heights_in_proportion() -> None:
+    bars = Histogram([4, 0, 2], [-1.0, 0.0, 1.0, 2.0], [(-1.0, "a"), (0.0, "b"), (5.0, "outside")])
+    svg = draw_histogram(bars, "x", "n", (0.5, "here"))
+    for drawing, width in zip(svg.split("</svg>")[:2], (760, 360), strict=True):
+        found = re.findall(r'<rect class="series-0" x="(.+?)" y="(.+?)" width="(.+?)" height="(.+?)">', drawing)
+        (x0, y0, w0, h0), (x1, _, w1, h1), (x2, y2, w2, h2) = [tuple(map(float, bar)) for bar in found]
+        assert 0 < x0 < x0 + w0 < x1 < x1 + w1 < x2 < x2 + w2 < width
+        assert (h1, h0) == (0, pytest.approx(2 * h2, abs=0.2))
+        assert y0 + h0 == pytest.approx(y2 + h2, abs=0.2)
+        assert ">here</text>" in drawing
+        assert ">b</text>" in drawing
+        assert "outside" not in drawing
 
 
 def test_a_running_mean_keeps_a_constant_and_skips_what_is_not_finite() -> None:

@@ -12,6 +12,7 @@ from llama3v.errors import CacheError, ImageError
 from llama3v.feature_cache.layout import CachePaths
 from llama3v.feature_cache.scores import open_scores
 from llama3v.feature_cache.scores_survey import Seen, Survey, below
+from llama3v.histogram import Histogram
 
 if TYPE_CHECKING:
     from llama3v.report import GalleryItem, Report
@@ -96,17 +97,15 @@ def _add_numbers(
     report.add_figures(cards)
     report.add_text("What a score is", _WHAT)
     if len(scores):
-        counts, edges = histogram(scores)
         mark = None if threshold is None else (_log_odds(threshold), f"--min-score {threshold:g}")
         report.add_histogram(
             "Scores",
-            counts,
-            edges,
+            histogram(scores),
             "probability of belonging together",
             unit,
-            [(_log_odds(p), f"{p:.5f}".rstrip("0")) for p in _TICKS],
             mark,
-            "The axis is stretched towards 0 and 1 (log-odds), where most scores are.",
+            "The axis is stretched towards 0 and 1 (log-odds), where most scores are; those nearer than 0.00001 are in the "
+            "outermost bars.",
         )
         report.add_table(
             "Quantiles",
@@ -154,14 +153,15 @@ def _items(pairs: Sequence[Seen]) -> "tuple[list[GalleryItem], str]":
     return items, note or ("" if items else "None.")
 
 
-def histogram(scores: np.ndarray) -> tuple[list[int], list[float]]:
-    """Counts [bars] and edges [bars + 1] over the log-odds of scores, from the first to the last bar that is not empty."""
+def histogram(scores: np.ndarray) -> Histogram:
+    """Over the log-odds of scores, from the first to the last bar that is not empty."""
     end = _log_odds(1 - _END)
     clipped = np.clip(scores.astype(np.float64), _END, 1 - _END)
     counts, edges = np.histogram(np.log(clipped / (1 - clipped)), BARS, (-end, end))
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
-    return counts[first : last + 1].tolist(), edges[first : last + 2].tolist()
+    ticks = [(_log_odds(p), f"{p:.5f}".rstrip("0")) for p in _TICKS]
+    return Histogram(counts[first : last + 1].tolist(), edges[first : last + 2].tolist(), ticks)
 
 
 def _log_odds(probability: float) -> float:
