@@ -17,7 +17,7 @@ if find_spec("llama3v") is None:  # a checkout on a machine where nothing is ins
 
 from benchmarks.common import document, in_words  # noqa: E402
 from benchmarks.gpu.parts import PARTS, Part  # noqa: E402
-from benchmarks.gpu.rows import rows_of  # noqa: E402
+from benchmarks.gpu.rows import REAL_SHAPE, rows_of  # noqa: E402
 
 PATIENCE = 2.5  # times what a part is expected to take, before it is taken to hang
 RESERVE = 10.0  # seconds for the last part to be ended and the results to be written
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures[part.name] = _figures_of(part, options, deadline)
         _tell(part, figures[part.name])
         _write(options, figures)
-    for row in rows_of(figures, options.dollars_per_hour):
+    for row in rows_of(figures, options.dollars_per_hour, options.shape):
         print(in_words(row), flush=True)
 
 
@@ -48,7 +48,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=sys.modules["benchmarks.gpu"].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--json", type=Path, help="file for the results, written anew after each part")
-    parser.add_argument("--shape", choices=["llama3-8b", "tiny"], default="llama3-8b")
+    parser.add_argument("--shape", choices=[REAL_SHAPE, "tiny"], default=REAL_SHAPE)
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything; what does not fit is left out")
     parser.add_argument("--dollars-per-hour", type=float, default=2.29, help="price of the GPU (H100 on demand, 2026)")
     parser.add_argument("--parts", nargs="*", choices=names, help="only these")
@@ -60,7 +60,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _figures_of(part: Part, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     left = deadline - perf_counter() - RESERVE
-    needs = part.seconds if options.shape == "llama3-8b" else 1
+    needs = part.seconds if options.shape == REAL_SHAPE else 1
     if left < needs:
         return {
             "error": f"left out: {max(0, left):.0f} s are left of --minutes {options.minutes:g}, and it takes about {needs} s"
@@ -106,7 +106,7 @@ def _write(options: argparse.Namespace, figures: dict[str, dict[str, Any]]) -> N
         return
     environment = figures.get("gemm", {}).get("environment", {})
     content = document(
-        rows_of(figures, options.dollars_per_hour),
+        rows_of(figures, options.dollars_per_hour, options.shape),
         machine=environment.get("machine", {}),
         versions=environment.get("versions", {}),
         shape=options.shape,

@@ -12,12 +12,13 @@ TILES = 0.6e6 + 7e6
 GOALS = {1: 0.50, 2: 0.45}
 """MFU that issue 4 asks for, by stage."""
 GOAL_DOLLARS = 100
+REAL_SHAPE = "llama3-8b"
 GIB = 2**30
 
 Figures = Mapping[str, Mapping[str, Any]]
 
 
-def rows_of(figures: Figures, dollars_per_hour: float) -> list[dict[str, Any]]:
+def rows_of(figures: Figures, dollars_per_hour: float, shape: str) -> list[dict[str, Any]]:
     """The rows of all parts that have figures by now, and the dollars as far as they can be known."""
     rows: list[dict[str, Any]] = []
     peak = rate_of(figures)
@@ -31,7 +32,11 @@ def rows_of(figures: Figures, dollars_per_hour: float) -> list[dict[str, Any]]:
             rows += _encode_rows(part, found, peak)
         else:
             rows += _training_rows(part, found, peak, figures)
-    return rows + _dollar_rows(figures, dollars_per_hour)
+    rows += _dollar_rows(figures, dollars_per_hour)
+    if shape != REAL_SHAPE:
+        for entry in rows:
+            entry["note"] = f"shape {shape}: shows that it runs, and means nothing else; {entry['note']}"
+    return rows
 
 
 def rate_of(figures: Figures) -> float | None:
