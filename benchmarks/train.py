@@ -71,10 +71,12 @@ def measures(options: Options, gemm: float) -> dict[str, Callable[[], list[dict[
 
     return {
         "stage1": lambda: ratio("stage 1, the projector trains", ("projector",), captions, options.rounds),
-        "stage2": lambda: ratio("stage 2, projector and LLM train", BOTH, conversations, fewer),
+        "stage2": lambda: ratio("stage 2, projector and LLM train", BOTH, conversations, options.rounds),
         "memory": lambda: measure_memory(*((256, 16_384) if options.quick else (4096, 128_256))),
         "overlap": lambda: measure_overlap(steps=6, rounds=fewer, quick=options.quick),
-        "sources": lambda: measure_sources("a quarter of Llama 3 8B and so400m", quarter, conversations, fewer),
+        "sources": lambda: measure_sources(
+            "a quarter of Llama 3 8B and so400m", quarter, conversations, options.rounds
+        ),
         "stage2-llm": lambda: ratio("stage 2, the LLM trains", ("llm",), conversations, fewer),
         "quickstart": lambda: [measure_quickstart()],
         "llava": lambda: [measure_llava(smol, captions, fewer)],

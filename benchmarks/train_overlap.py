@@ -30,7 +30,7 @@ from llama3v.train.prepared import DESCRIPTION, load_prepared
 
 TOKENIZER = Path(llama3v.__file__).parent / "assets/llama-scenes"
 BASE = TowerShape(224, 16, 768, 12, 3072, 12)  # SigLIP base/16 at 224 pixels
-ROW_TOKENS, ROWS_PER_STEP = 256, 1
+ROW_TOKENS, ROWS_PER_STEP = 256, 3
 
 
 def measure_overlap(steps: int, rounds: int, *, quick: bool = False) -> list[dict[str, Any]]:
