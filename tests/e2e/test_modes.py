@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,15 @@ def test_a_run_goes_on_in_another_mode(
 ) -> None:
     options = options_of(data, tiny_vision_dir, tiny_llm_dir)
 
-    def fail_at(self: CacheReader, key: str) -> Any:
-        reads.append(key)
-        if len(reads) == 60:
+    def fail_at(self: CacheReader, keys: Sequence[str]) -> Any:
+        reads.extend(keys)
+        if len(reads) >= 60:
             raise CacheError("the disk is gone")
-        return real(self, key)
+        return real(self, keys)
 
-    real, reads = CacheReader.read, list[str]()
+    real, reads = CacheReader.read_many, list[str]()
     with monkeypatch.context() as patch:
-        patch.setattr(CacheReader, "read", fail_at)
+        patch.setattr(CacheReader, "read_many", fail_at)
         with pytest.raises(CacheError, match="the disk is gone"):
             run.pretrain(PretrainConfig(out=tmp_path, cache=caches["features"], **options), console=quiet())
     run.pretrain(PretrainConfig(out=tmp_path, mode="stream", **options), console=quiet())

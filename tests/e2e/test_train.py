@@ -337,16 +337,16 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_afterwards(tmp
 def test_a_damaged_record_stops_the_run_and_keeps_the_steps_before(tmp_path, monkeypatch, stage1, stage1_options):
     reads = []
 
-    def read(self, key):
+    def read_many(self, keys):
         if threading.current_thread() is not threading.main_thread():  # where validation reads
-            reads.append(key)
-        if len(reads) == 40:
-            raise CacheError(f"record {key} is damaged")
-        return real(self, key)
+            reads.extend(keys)
+        if len(reads) >= 40:
+            raise CacheError(f"record {keys[0]} is damaged")
+        return real(self, keys)
 
-    real = CacheReader.read
+    real = CacheReader.read_many
     with monkeypatch.context() as patch:
-        patch.setattr(CacheReader, "read", read)
+        patch.setattr(CacheReader, "read_many", read_many)
         with pytest.raises(CacheError, match="is damaged"):
             run.pretrain(PretrainConfig(out=tmp_path, **{**stage1_options, "checkpoint_every": 100}), console=quiet())
     assert list((tmp_path / "checkpoints").glob("step-*"))

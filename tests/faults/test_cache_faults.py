@@ -131,7 +131,7 @@ def test_a_kill_inside_a_journal_tears_at_most_its_last_line(tmp_path: Path, poi
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Damaged bytes are read three times; without the waits between."""
-    monkeypatch.setattr("llama3v.feature_cache.reader.RETRY_SECONDS", 0)
+    monkeypatch.setattr("llama3v.feature_cache.copies.RETRY_SECONDS", 0)
 
 
 def flip(path: Path, bit: int) -> None:

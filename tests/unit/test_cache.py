@@ -231,7 +231,7 @@ def test_the_content_digest_depends_on_content_and_not_on_shards(tmp_path: Path,
 
 
 def test_a_damaged_record_is_named_set_aside_and_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3v.feature_cache.reader.RETRY_SECONDS", 0)
+    monkeypatch.setattr("llama3v.feature_cache.copies.RETRY_SECONDS", 0)
     write(str(tmp_path), range(3), records_per_shard=3)
     flip_first_record(tmp_path)
     reader, bad = CacheReader(tmp_path), key_number(0)
@@ -248,7 +248,7 @@ def test_a_damaged_record_is_named_set_aside_and_superseded(tmp_path: Path, monk
 
 
 def test_another_copy_stands_in_for_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3v.feature_cache.reader.RETRY_SECONDS", 0)
+    monkeypatch.setattr("llama3v.feature_cache.copies.RETRY_SECONDS", 0)
     writers = CacheWriter(tmp_path, MANIFEST), CacheWriter(tmp_path, MANIFEST)
     for writer in writers:
         writer.add_bytes(KEY, features_of(1), GRID)
@@ -304,7 +304,7 @@ def test_a_reader_goes_through_pickle(tmp_path: Path) -> None:
 
 
 def test_a_reader_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3v.feature_cache.reader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("llama3v.feature_cache.copies.OPEN_SHARDS", 2)
     write(str(tmp_path), range(8), 1)
     with CacheReader(tmp_path) as reader:
         before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0

@@ -55,6 +55,8 @@ class Codec(ABC):
     name: str
     takes: ClassVar[type[np.generic]] = np.uint16
     """What `encode` is given: the bits of finite bf16 values."""
+    is_plain: ClassVar[bool] = False
+    """Whether the bytes of a record are those of the tensor that it decodes to."""
 
     @abstractmethod
     def tensors(self, shape: Shape) -> list[StoredTensor]:
@@ -65,12 +67,27 @@ class Codec(ABC):
         """The bytes of a record: from `takes` [n_tiles, tokens, width]."""
 
     @abstractmethod
-    def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
-        """bf16 [n_tiles, tokens, width]: from uint8 [bytes], which the result may share."""
+    def decode(self, data: np.ndarray, shape: Shape, out: np.ndarray | None = None) -> "torch.Tensor":
+        """bf16 [n_tiles, tokens, width]: from uint8 [bytes].
+
+        Args:
+            out: uint8 [decoded_bytes], memory for the result, if that is not to be new. A plain codec makes no copy: its
+                result shares `data`.
+        """
 
     def bytes_of(self, shape: Shape) -> int:
         """Bytes of a record."""
         return sum(tensor.bytes for tensor in self.tensors(shape))
+
+    def decoded_bytes(self, shape: Shape) -> int:
+        """Bytes of the tensor that a record decodes to."""
+        return math.prod(shape) * np.dtype(self.takes).itemsize
+
+    def as_tensor(self, memory: np.ndarray, shape: Shape) -> "torch.Tensor":
+        """The tensor of that shape whose bytes are `memory` (uint8), which it shares."""
+        import torch
+
+        return torch.from_numpy(memory).view(torch.uint8 if self.takes is np.uint8 else torch.bfloat16).view(shape)
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class Bf16(Codec):
     """The reference: features as they are."""
 
     name: str = "bf16"
+    is_plain = True
 
     def tensors(self, shape: Shape) -> list[StoredTensor]:
         return [StoredTensor("", "BF16", shape)]
@@ -85,10 +103,8 @@ class Bf16(Codec):
     def encode(self, bits: np.ndarray) -> bytes:
         return bits.astype("<u2", copy=False).tobytes()
 
-    def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
-        import torch
-
-        return torch.frombuffer(data, dtype=torch.bfloat16).view(shape)
+    def decode(self, data: np.ndarray, shape: Shape, out: np.ndarray | None = None) -> "torch.Tensor":
+        return self.as_tensor(data, shape)
 
 
 @dataclass(frozen=True)
@@ -146,11 +162,13 @@ class Scaled(Codec):
             stored[part] = self._quantise(values).view(torch.uint8)
         return data.tobytes()
 
-    def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
+    def decode(self, data: np.ndarray, shape: Shape, out: np.ndarray | None = None) -> "torch.Tensor":
         import torch
 
         scale, channel_scale, stored = self._views(data, shape)
-        decoded = torch.empty(stored.shape, dtype=torch.bfloat16)
+        memory = np.empty(self.decoded_bytes(shape), dtype=np.uint8) if out is None else out
+        result = self.as_tensor(memory, shape)
+        decoded = result.view(stored.shape)
         buffer = torch.empty(stored.shape[0], stored.shape[1])[: _rows_of_part(stored.shape)]
         for part in _parts(stored.shape):
             values = buffer[: len(stored[part])]
@@ -159,7 +177,7 @@ class Scaled(Codec):
             if self.per_channel:
                 values.mul_(channel_scale)
             decoded[part] = values
-        return decoded.view(shape)
+        return result
 
     def _views(self, data: np.ndarray, shape: Shape) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
         """Scales [tokens of all tiles, 1] and [width] (ones where not per channel), stored bytes [tokens, width]."""
@@ -227,6 +245,7 @@ class U8(Codec):
 
     name: str = "u8"
     takes = np.uint8
+    is_plain = True
 
     def tensors(self, shape: Shape) -> list[StoredTensor]:
         return [StoredTensor("", "U8", shape)]
@@ -234,11 +253,9 @@ class U8(Codec):
     def encode(self, bits: np.ndarray) -> bytes:
         return bits.tobytes()
 
-    def decode(self, data: np.ndarray, shape: Shape) -> "torch.Tensor":
+    def decode(self, data: np.ndarray, shape: Shape, out: np.ndarray | None = None) -> "torch.Tensor":
         """uint8 [n_tiles, pixels, 3]."""
-        import torch
-
-        return torch.from_numpy(data).view(shape)
+        return self.as_tensor(data, shape)
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Bf16(), Int8(), Fp8())}

@@ -1,7 +1,9 @@
 """All committed records of one fingerprint: which keys there are, and where."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +55,8 @@ class _View:
 class Index:
     """The live records. A record is live if its shard's index is whole and damaged.jsonl does not name it.
 
-    Several live records of one key (two writers raced) are one logical record: the first in order of shard names.
+    Several live records of one key (two writers raced) are one logical record: the first in order of shard names. Safe
+    to use from threads.
 
     Attributes:
         shards: name -> content of every index that could be trusted.
@@ -66,20 +69,22 @@ class Index:
         self.shards: dict[str, ShardIndex] = {}
         self.broken: dict[str, str] = {}
         self.damaged: set[tuple[str, str]] = set()
+        self._changing = threading.Lock()
         self._view = self._make_view()
 
     def refresh(self) -> None:
         """Take in what was committed or set aside since the last time."""
-        entries = journal.read(self.paths.damaged)
-        self.damaged.update((entry["shard"], entry["key"]) for entry in entries)
-        names = self._listed()
-        while True:
-            shards, broken = self._load_all(names)
-            before, names = names, self._listed()
-            if names == before:
-                break  # else a prune may just have moved records to a shard that the list did not have
-        self.shards, self.broken = shards, broken
-        self._view = self._make_view()
+        with self._changing:
+            entries = journal.read(self.paths.damaged)
+            self.damaged.update((entry["shard"], entry["key"]) for entry in entries)
+            names = self._listed()
+            while True:
+                shards, broken = self._load_all(names)
+                before, names = names, self._listed()
+                if names == before:
+                    break  # else a prune may just have moved records to a shard that the list did not have
+            self.shards, self.broken = shards, broken
+            self._view = self._make_view()
 
     def find(self, key: str) -> list[Record]:
         """The live records of a key, the one to use first; none if it is not there."""
@@ -117,13 +122,14 @@ class Index:
         Raises:
             CacheError: the mark could not be written (read-only directory, disk full). This process still heeds it.
         """
-        new = [(shard, key, reason) for shard, key, reason in damage if (shard, key) not in self.damaged]
-        self.damaged.update((shard, key) for shard, key, _ in new)
-        for shard, key, _ in new:
-            if not key:
-                self.shards.pop(shard, None)
-                self.broken.pop(shard, None)
-        self._view = self._make_view()
+        with self._changing:
+            new = [(shard, key, reason) for shard, key, reason in damage if (shard, key) not in self.damaged]
+            self.damaged.update((shard, key) for shard, key, _ in new)
+            for shard, key, _ in new:
+                if not key:
+                    self.shards.pop(shard, None)
+                    self.broken.pop(shard, None)
+            self._view = self._make_view()
         try:
             journal.append(
                 self.paths.damaged, [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in new]
@@ -133,6 +139,13 @@ class Index:
                 f"cannot mark {len(new)} damaged records in {self.paths.damaged} ({error.strerror}); "
                 "make the cache directory writable and run `llama3v cache verify` on it"
             ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_changing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._changing = threading.Lock()
 
     def _listed(self) -> list[str]:
         names = sorted(path.stem for path in self.paths.shards.glob("*.idx"))

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from llama3v.data.sources.base import ImageRef
 from llama3v.errors import ImageError
-from llama3v.feature_cache.reader import CacheReader, encode_option
+from llama3v.feature_cache.reader import CacheReader
+from llama3v.feature_cache.selection import encode_option
 from llama3v.model.slicing import Grid
 from llama3v.model.tiles import image_key
 from llama3v.train.features.base import FeatureSource, NotFoundError
@@ -44,7 +44,7 @@ class CachedFeatures(FeatureSource):
         self._cache = cache
 
     def features(self, keys: Sequence[str]) -> Tensor:
-        return torch.cat([self._cache.read(key) for key in keys])
+        return self._cache.read_many(keys)
 
     def close(self) -> None:
         self._cache.close()

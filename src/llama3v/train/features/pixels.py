@@ -31,7 +31,6 @@ class PixelFeatures(FeatureSource):
         self._cache.close()
 
     def _pictures(self, keys: Sequence[str]) -> Iterator[Picture]:
-        for key in keys:
-            pixels = self._cache.read(key).numpy()  # [n, S * S, 3]
-            tiles = pixels.reshape(len(pixels), self._tile_size, self._tile_size, 3)
+        for key, pixels in zip(keys, self._cache.read_each(keys), strict=True):  # [n, S * S, 3]
+            tiles = pixels.numpy().reshape(len(pixels), self._tile_size, self._tile_size, 3)
             yield Picture("", "", key, Tiles(tiles, self._cache.record(key).grid))
