@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -13,91 +12,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_process import key_number, manifest_in
+from cache_process import key_number
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ring_parts import (
+    ALONE,
+    GRIDS,
+    MANIFEST,
+    PLENTY,
+    TOKENS,
+    WIDTH,
+    Encoder,
+    Trainer,
+    commit,
+    features_of,
+    image_of,
+    present,
+    writer_of,
+)
 
 from llama3v.config import EncodeConfig
 from llama3v.errors import CacheError, ConfigError
 from llama3v.feature_cache import journal
 from llama3v.feature_cache.codecs import CODECS
-from llama3v.feature_cache.encode import Counts
-from llama3v.feature_cache.layout import fingerprint_of, write_manifest
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.ring.claims import Claims
-from llama3v.feature_cache.ring.files import Position, RingPaths, Start, TrainerSide, WantedImage
+from llama3v.feature_cache.ring.files import Position, RingPaths, TrainerSide
 from llama3v.feature_cache.ring.plan import Sizes, choose, in_words, smallest_bound
 from llama3v.feature_cache.ring.stock import Room, file_bytes
-from llama3v.feature_cache.ring.wanted import Wanted
-from llama3v.feature_cache.ring.work import Work
-from llama3v.feature_cache.ring.writer import RingWriter
-from llama3v.model.slicing import Grid
-
-MANIFEST = manifest_in("bf16")
-GRIDS = [Grid(1, 1), Grid(2, 1)]
-TOKENS, WIDTH = 32, 32
-PLENTY = 1 << 30
-
-
-def image_of(number: int) -> WantedImage:
-    return WantedImage(key_number(number), 0, f"{number}.png", GRIDS[number % 2])
-
-
-def features_of(number: int) -> np.ndarray:
-    shape = (GRIDS[number % 2].tiles, TOKENS, WIDTH)
-    return np.random.default_rng(number).integers(0, 0x4000, shape).astype(np.uint16)
-
-
-class Trainer:
-    """Lists steps of numbered images."""
-
-    def __init__(
-        self, directory: Path, steps: list[list[int]], checkpoint_every: int = 1, listed: int | None = None
-    ) -> None:
-        self.paths, self.steps = RingPaths(directory, "ring"), steps
-        write_manifest(self.paths.features(fingerprint_of(MANIFEST)), MANIFEST)
-        self.side = TrainerSide(self.paths)
-        self.side.enter()
-        self.start = Start(
-            number=self.side.start,
-            step=0,
-            steps=len(steps),
-            checkpoint_every=checkpoint_every,
-            data=("nowhere",),
-            vision="nothing",
-            cut=None,
-            max_tiles=4,
-            codec="bf16",
-            fingerprint=fingerprint_of(MANIFEST),
-            tokens=TOKENS,
-            width=WIDTH,
-        )
-        self.side.begin(self.start, self.some(0, len(steps) if listed is None else listed))
-
-    def some(self, first: int, end: int) -> list[tuple[int, list[WantedImage]]]:
-        return [(step, list(map(image_of, self.steps[step]))) for step in range(first, end)]
-
-    def wanted(self, consumed: int = 0) -> Wanted:
-        wanted = Wanted(self.paths, self.start.number, self.start.step)
-        wanted.refresh(consumed)
-        return wanted
-
-
-def writer_of(trainer: Trainer, bound: int = PLENTY, shard_bytes: int = 1 << 20) -> RingWriter:
-    return RingWriter(trainer.paths, MANIFEST, shard_bytes, bound)
-
-
-def commit(writer: RingWriter, wanted: Wanted, *numbers: int) -> None:
-    writer.begin_round(wanted, lambda: True)
-    for number in numbers:
-        writer.add_bytes(key_number(number), features_of(number), GRIDS[number % 2])
-    writer.commit()
-    writer.stock.refresh()
-
-
-def present(writer: RingWriter) -> set[int]:
-    return {number for number in range(200) if key_number(number) in writer.stock.keys}
-
 
 # What they tell one another
 
@@ -247,14 +189,14 @@ def test_room_is_made_by_removing_what_is_needed_last(tmp_path: Path) -> None:
     stock = writer.stock
     stock.bound = used = stock.used()
     one = used // 4
-    assert stock.make_room(0, step=0, wanted=wanted)
+    assert stock.make_room(0, step=0, wanted=wanted, presence=ALONE)
     assert present(writer) == {0, 2, 4, 6}
-    assert stock.make_room(one, step=1, wanted=wanted)
+    assert stock.make_room(one, step=1, wanted=wanted, presence=ALONE)
     assert present(writer) == {0, 2, 4}
-    assert not stock.make_room(4 * one, step=1, wanted=wanted)
+    assert not stock.make_room(4 * one, step=1, wanted=wanted, presence=ALONE)
     assert present(writer) == {0, 2}
     wanted.refresh(1)
-    assert stock.make_room(3 * one, step=1, wanted=wanted)  # 0 is consumed
+    assert stock.make_room(3 * one, step=1, wanted=wanted, presence=ALONE)  # 0 is consumed
     assert present(writer) == {2}
     assert stock.room(wanted).for_step(0) == stock.bound
     assert stock.room(wanted).for_step(1) == stock.bound - stock.used()
@@ -314,7 +256,7 @@ def test_a_broken_shard_and_an_orphan_take_no_room(tmp_path: Path) -> None:
     (writer.paths.shards / f"x.safetensors.{host_tag()}-0{'.tmp'}").write_bytes(bytes(5000))
     again = writer_of(trainer, bound=20_000)
     assert present(again) == set()
-    assert again.stock.make_room(20_000, step=0, wanted=wanted)
+    assert again.stock.make_room(20_000, step=0, wanted=wanted, presence=ALONE)
     assert again.stock.used() == 0
 
 
@@ -324,7 +266,7 @@ def test_what_does_not_fit_is_given_up_the_farthest_first(tmp_path: Path) -> Non
     measure = writer_of(trainer)
     commit(measure, wanted, 0)
     one = measure.stock.used()
-    measure.stock.clear()
+    measure.stock.clear(ALONE)
     writer = writer_of(trainer, bound=2 * one)
     commit(writer, wanted, 2, 4)
     commit(writer, wanted, 6, 0)
@@ -344,32 +286,6 @@ def test_nothing_is_committed_for_a_training_that_is_over(tmp_path: Path) -> Non
 
 
 # All of it, with an encoder that only copies
-
-
-class Encoder(Work):
-    """Encodes by copying `features_of`."""
-
-    def __init__(self, trainer: Trainer, bound: int) -> None:
-        position = Position(trainer.paths)
-        position.refresh()
-        config = EncodeConfig(cache=trainer.paths.cache, follow="ring", max_disk=f"{bound}B")
-        nothing: Any = None
-        super().__init__(
-            config, trainer.paths, trainer.start, position, nothing, 0, Counts(), lambda text: None, lambda used: None
-        )
-        self.pool = ThreadPoolExecutor(1)
-
-    def work(self) -> bool:
-        self.position.refresh()
-        return self._work(self.pool)
-
-    def _encode(self, images: list[WantedImage], pool: ThreadPoolExecutor) -> None:
-        self.writer.begin_round(self.wanted, self._is_current)
-        for image in images:
-            number = int(image.name.removesuffix(".png"))
-            self.writer.add_bytes(image.key, features_of(number), image.grid)
-        self.writer.commit()
-        self.claims.release_all()
 
 
 def train(trainer: Trainer, encoder: Encoder, watch: Callable[[], None]) -> None:

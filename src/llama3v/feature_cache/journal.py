@@ -48,9 +48,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         OSError: the file is there and cannot be read.
     """
-    if not path.exists():
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
+    with file:
         for line in file:
             entry = _parse(line)
             if entry is not None:
@@ -70,11 +72,12 @@ class Tail:
         Raises:
             OSError: the file is there and cannot be read.
         """
-        if not self.path.exists():
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read()
+        except FileNotFoundError:  # not there yet, or removed by now
             return []
-        with self.path.open("rb") as file:
-            file.seek(self._position)
-            data = file.read()
         lines = data[: data.rfind(b"\n") + 1]  # a line without an end is being written, or was torn
         self._position += len(lines)
         entries = (_parse(line) for line in lines.split(b"\n"))

@@ -25,12 +25,16 @@ def find_orphans(paths: CachePaths) -> Iterator[Path]:
             yield shard
 
 
-def collect_orphans(paths: CachePaths) -> list[Path]:
-    """Remove the orphans that are safe to remove, and return them."""
-    return [path for path in find_orphans(paths) if _remove_if_dead(paths, path)]
+def collect_orphans(paths: CachePaths, none_alive: bool = False) -> list[Path]:
+    """Remove the orphans that are safe to remove, and return them.
+
+    Args:
+        none_alive: whether it is certain that no writer is at work, on any machine. Then so are all of them.
+    """
+    return [path for path in find_orphans(paths) if _remove_if_dead(paths, path, none_alive)]
 
 
-def _remove_if_dead(paths: CachePaths, path: Path) -> bool:
+def _remove_if_dead(paths: CachePaths, path: Path, none_alive: bool) -> bool:
     try:
         descriptor = try_lock(path)
     except FileNotFoundError:  # it was committed, or another collector was quicker
@@ -39,8 +43,8 @@ def _remove_if_dead(paths: CachePaths, path: Path) -> bool:
         return False
     try:
         status = os.fstat(descriptor)
-        made_here = host_tag() in path.name
-        if not made_here and time.time() - status.st_mtime < FOREIGN_ORPHAN_SECONDS:
+        known_dead = none_alive or host_tag() in path.name
+        if not known_dead and time.time() - status.st_mtime < FOREIGN_ORPHAN_SECONDS:
             return False
         # Its owner may have committed it between our look at the directory and our lock.
         if path.suffix == ".safetensors" and paths.index(path.stem).exists():

@@ -14,10 +14,15 @@ from llama3v.feature_cache.layout import CachePaths
 
 
 class Presence:
-    """A lock that is held until `leave`, or until this object goes."""
+    """A lock that is held until `leave`, or until this object goes.
+
+    Attributes:
+        certain: whether it is held indeed: a file system without locks cannot tell who else is there.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.certain = True
 
     def leave(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -63,8 +68,10 @@ def enter_alone(paths: CachePaths) -> tuple[Presence, bool]:
 def wait_to_be_alone(paths: CachePaths) -> Presence:
     """`enter_alone`, for those who hold it for moments only: the encoders of a ring."""
     presence, descriptor = _open(paths)
-    if _try(descriptor, fcntl.LOCK_EX) is False:
+    alone = _try(descriptor, fcntl.LOCK_EX)
+    if alone is False:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    presence.certain = alone is not None
     return presence
 
 

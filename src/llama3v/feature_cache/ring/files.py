@@ -28,6 +28,7 @@ from llama3v.model.slicing import Grid
 
 STEPS_IN_APPEND = 1000
 LOCK_ATTEMPTS = 5
+LOOK_FOR_TRAINER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ class Position:
     """
 
     def __init__(self, paths: RingPaths) -> None:
-        self._tail = journal.Tail(paths.trainer)
+        self._paths, self._tail = paths, journal.Tail(paths.trainer)
         self._lock = threading.Lock()
+        self._seen = self._looked = time.monotonic()
         self.start: Start | None = None
         self.consumed = 0
         self.done = False
@@ -191,14 +193,26 @@ class Position:
         """Read what the trainer has written since. Any thread may."""
         with self._lock:
             for entry in self._tail.read():
+                self._seen = time.monotonic()
                 if "begins" in entry:
                     begins = entry["begins"]
                     self.start = Start(number=entry["start"], **(begins | {"data": tuple(begins["data"])}))
                     self.consumed, self.done = self.start.step, False
+                elif self.start is None or entry["start"] != self.start.number:
+                    continue  # of a trainer that lost the ring, where there are no locks
                 elif "consumed" in entry:
                     self.consumed = entry["consumed"]
                 elif "done" in entry:
                     self.done = True
+
+    def absent_for(self) -> float:
+        """Seconds since the trainer was last heard of, or last seen to have the ring (looked for once a minute)."""
+        now = time.monotonic()
+        if now - self._looked > LOOK_FOR_TRAINER_SECONDS:
+            self._looked = now
+            if trainer_is_there(self._paths):
+                self._seen = now
+        return now - self._seen
 
 
 def trainer_is_there(paths: RingPaths) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,11 @@ class Following:
                 self._measured,
             ).run()
         assert self.position.start is not None, "it was waited for"
-        free_ring(self.ring, self.position.start.fingerprint)
+        free_ring(self.ring, self.position.start.fingerprint, self._is_over)
+
+    def _is_over(self) -> bool:
+        self.position.refresh()
+        return self.position.done
 
     def summary(self) -> dict[str, Any]:
         """What was done so far."""
@@ -167,8 +172,13 @@ class Following:
             time.sleep(LOOK_SECONDS)
 
 
-def free_ring(ring: RingPaths, fingerprint: str) -> None:
-    """Remove all features of a ring whose training is done."""
+def free_ring(ring: RingPaths, fingerprint: str, is_over: Callable[[], bool] = lambda: True) -> None:
+    """Remove all features of a ring whose training is done.
+
+    Args:
+        is_over: asked again when nobody else can commit: the next training may have begun by then.
+    """
     paths = ring.features(fingerprint)
-    with wait_to_be_alone(paths):
-        Stock(paths, bound=0).clear()
+    with wait_to_be_alone(paths) as alone:
+        if is_over():
+            Stock(paths, bound=0).clear(alone)

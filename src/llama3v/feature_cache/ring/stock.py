@@ -9,6 +9,7 @@ from llama3v.feature_cache.commit import crash_point
 from llama3v.feature_cache.index import Index
 from llama3v.feature_cache.layout import CachePaths
 from llama3v.feature_cache.orphans import collect_orphans
+from llama3v.feature_cache.presence import Presence
 from llama3v.feature_cache.records import Record, checksum_of, index_bytes, shard_header
 from llama3v.feature_cache.ring.wanted import Wanted
 from llama3v.feature_cache.tools_prune import remove_shard
@@ -26,7 +27,7 @@ class _Shard:
 
 
 class Stock:
-    """The shards of a ring, with what is in them.
+    """The shards of a ring, with what is in them. What takes a `presence` is to be called alone, with what `wait_to_be_alone` gave.
 
     Args:
         bound: bytes that they may take.
@@ -70,20 +71,19 @@ class Stock:
 
     def room(self, wanted: Wanted) -> "Room":
         """How much more fits, as things stand now."""
-        return Room(
-            self.bound - self.used(), [(self._need(shard, wanted), shard.bytes) for shard in self._shards.values()]
-        )
+        needs = self._needs(wanted)
+        return Room(self.bound - self.used(), [(needs[name], shard.bytes) for name, shard in self._shards.items()])
 
-    def make_room(self, size: int, step: float, wanted: Wanted) -> bool:
+    def make_room(self, size: int, step: float, wanted: Wanted, presence: Presence) -> bool:
         """Remove files until `size` more bytes fit, as far as nothing goes that is needed up to `step`; what is needed
-        last goes first. To be called alone (`wait_to_be_alone`). Returns whether it was enough."""
+        last goes first. Returns whether it was enough."""
         self.refresh()
         used = self.used()
         if used + size > self.bound:
-            used -= self._remove_rubbish()
-        by_need = sorted(self._shards, key=lambda name: self._need(self._shards[name], wanted), reverse=True)
-        for name in by_need:
-            if used + size <= self.bound or self._need(self._shards[name], wanted) <= step:
+            used -= self._remove_rubbish(presence)
+        needs = self._needs(wanted)
+        for name in sorted(needs, key=needs.__getitem__, reverse=True):
+            if used + size <= self.bound or needs[name] <= step:
                 break
             remove_shard(self.paths, name)
             used -= self._shards[name].bytes
@@ -120,12 +120,12 @@ class Stock:
         self.refresh()
         return True
 
-    def clear(self) -> None:
-        """Remove all shards. To be called alone."""
+    def clear(self, presence: Presence) -> None:
+        """Remove all shards."""
         self.refresh()
         for name in list(self._shards):
             remove_shard(self.paths, name)
-        self._remove_rubbish()
+        self._remove_rubbish(presence)
         self.refresh()
 
     def _describe(self, name: str) -> _Shard:
@@ -141,9 +141,21 @@ class Stock:
             if (name, record.key) not in self._index.damaged:
                 yield record
 
-    def _need(self, shard: _Shard, wanted: Wanted) -> float:
-        """The next step that needs anything of a shard."""
-        return min((wanted.next_use(key) for key in shard.keys), default=inf)
+    def _needs(self, wanted: Wanted) -> dict[str, float]:
+        """The next step that needs anything of each shard, by its name.
+
+        A kill inside a compaction, or encoders without locks, leave records twice. Such a record counts for the shard of
+        which nothing is needed late, so that the other may go.
+        """
+        names, met = list(self._shards), set[str]()
+        if sum(len(self._shards[name].keys) for name in names) > len(self._keys):
+            names.sort(key=lambda name: max(map(wanted.next_use, self._shards[name].keys), default=inf))
+        needs = {}
+        for name in names:
+            keys = [key for key in self._shards[name].keys if key not in met]
+            met.update(keys)
+            needs[name] = min(map(wanted.next_use, keys), default=inf)
+        return needs
 
     def _share_needed(self, name: str, step: float, wanted: Wanted) -> float:
         keys = self._shards[name].keys
@@ -151,18 +163,26 @@ class Stock:
 
     def _read(self, record: Record) -> bytes | None:
         """The bytes of a record; None, after setting it aside, where they are damaged."""
-        with self.paths.shard(record.shard).open("rb") as file:
-            file.seek(record.offset)
-            data = file.read(record.bytes)
-        if checksum_of(data).hex() == record.checksum:
-            return data
-        self._index.set_aside([(record.shard, record.key, "its bytes do not match their checksum")])
+        try:
+            with self.paths.shard(record.shard).open("rb") as file:
+                file.seek(record.offset)
+                data = file.read(record.bytes)
+            if checksum_of(data).hex() == record.checksum:
+                return data
+            reason = "its bytes do not match their checksum"
+        except OSError as error:
+            reason = f"it cannot be read ({error.strerror or error})"
+        self._index.set_aside([(record.shard, record.key, reason)])
         return None
 
-    def _remove_rubbish(self) -> int:
-        """Orphans of the dead, and shards that are set aside as a whole. Returns their bytes."""
+    def _remove_rubbish(self, presence: Presence) -> int:
+        """Orphans of the dead, and shards that are set aside as a whole. Returns their bytes.
+
+        Whoever commits to a ring is alone meanwhile. So who is alone now knows that all orphans' owners are dead, those of
+        machines that have crashed included: nobody else would remove them for a day, and they would take room.
+        """
         before = self.used()
-        collect_orphans(self.paths)
+        collect_orphans(self.paths, none_alive=presence.certain)
         for name, key in list(self._index.damaged):
             if not key and (self.paths.shard(name).exists() or self.paths.index(name).exists()):
                 remove_shard(self.paths, name)

@@ -36,6 +36,8 @@ SHARDS_IN_BOUND = 16
 SHARDS_IN_ROUND = 8
 WORTH_COPYING = 0.3
 """Share of some shards that must become free for the rest to be copied, while the trainer does not wait for it."""
+ABSENCE_SECONDS = 6 * 3600.0
+"""How long to wait for a trainer that is not there any more to start again."""
 LOOKS_BEFORE_GIVING_UP = 5
 """Times in a row that nothing fits, before the bound is said to be too small: others may just have been quicker."""
 
@@ -82,14 +84,30 @@ class Work:
         """Until the trainer is done or starts again."""
         with closing(self.claims), ThreadPoolExecutor(1, "write") as pool:
             try:
+                self._shrink()
                 while self._is_current():
                     if not self._work(pool):
+                        self._refuse_absence()
                         time.sleep(LOOK_SECONDS)
             except KeyboardInterrupt:
                 self.writer.commit()
                 raise KeyboardInterrupt(
                     f"{self.counts.encoded:,} images of this run are encoded; run the same command to go on"
                 ) from None
+
+    def _shrink(self) -> None:
+        """An encoder before may have had a larger bound."""
+        self.wanted.refresh(self.position.consumed)
+        stays_until = self.start.next_checkpoint(self.position.consumed)
+        with wait_to_be_alone(self.writer.paths) as alone:
+            self.writer.stock.make_room(0, stays_until, self.wanted, alone)
+
+    def _refuse_absence(self) -> None:
+        if self.position.absent_for() > ABSENCE_SECONDS:
+            raise CacheError(
+                f"the training of the ring {self.ring.name} ({self.ring.directory}) is not running, and has not been for "
+                f"{ABSENCE_SECONDS / 3600:.0f} hours; resume it, and run this command again"
+            )
 
     def _is_current(self) -> bool:
         self.position.refresh()

@@ -55,20 +55,21 @@ class RingWriter(CacheWriter):
     def commit(self) -> int:
         if not self._pending:
             return 0
-        with wait_to_be_alone(self.paths):
+        with wait_to_be_alone(self.paths) as alone:
             if not self._is_wanted():
                 self._pending, self._pending_bytes = {}, 0
-            self._make_room()
+            self._make_room(alone)
             return super().commit()
 
-    def _make_room(self) -> None:
+    def _make_room(self, alone: Presence) -> None:
         """For as much of what is pending as possible, nearest first."""
         if self._wanted is None:
             return
         order = sorted(self._pending, key=self._wanted.next_use)
         while order:
             step = self._wanted.next_use(order[-1])
-            if self.stock.make_room(file_bytes([self._pending[key] for key in order]), step, self._wanted):
+            size = file_bytes([self._pending[key] for key in order])
+            if self.stock.make_room(size, step, self._wanted, alone):
                 return
             record, _ = self._pending.pop(order.pop())
             self._pending_bytes -= record.bytes

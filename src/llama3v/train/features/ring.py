@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llama3v.errors import CacheError
 from llama3v.feature_cache import journal
 from llama3v.feature_cache.layout import Manifest, fingerprint_of, fingerprints, write_manifest
 from llama3v.feature_cache.reader import CacheReader
-from llama3v.feature_cache.ring.files import RingPaths, Start, TrainerSide, WantedImage
+from llama3v.feature_cache.ring.files import Position, RingPaths, Start, TrainerSide, WantedImage
 from llama3v.feature_cache.ring.follow import free_ring
 from llama3v.train.features.base import Demand, FeatureSource, Say, StoppedError
 from llama3v.train.features.broken import BrokenImages
@@ -34,7 +33,8 @@ REFRESH_SECONDS = 5.0
 """After so long the reader looks for what was removed, and closes its files, which would take space as long as they are
 open."""
 READS = 3
-"""Times that a record is read which turns out to be damaged, or to be gone; the encoders make it anew each time."""
+"""Times that features are read of which some turn out to be damaged, or to be gone; the encoders make them anew each time.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class RingFeatures(FeatureSource):
     def expect(self, demand: Demand) -> None:
         self._demand, self._listed = demand, demand.step
         write_manifest(self._ring.features(self.fingerprint), self._manifest)
-        for other in set(fingerprints(self._ring.directory)) - {self.fingerprint}:
-            free_ring(self._ring, other)  # left by a training of other features that never ended
+        others = set(fingerprints(self._ring.directory)) - {self.fingerprint}
+        for other in others:  # left by a training of other features that never ended
+            free_ring(self._ring, other)
         start = Start(
             number=self._side.start,
             step=demand.step,
@@ -92,14 +93,23 @@ class RingFeatures(FeatureSource):
             width=self._task.width,
         )
         self._side.begin(start, self._list_until(self._horizon(demand.step)))
+        for other in others:  # again: until now an encoder may have been at work for that training
+            free_ring(self._ring, other)
+        self._position = Position(self._ring)
         self._reader = CacheReader(self._ring.directory, fingerprint=self.fingerprint)
         self._failures = _Failures(self._ring, start.number)
 
     def features(self, keys: Sequence[str]) -> Tensor:
         if time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refresh()
+        for _ in range(READS - 1):
+            self._wait_for(keys)
+            try:
+                return self._reader.read_many(keys)
+            except CacheError:  # what could not be read is set aside or gone by now, and the encoders see that, too
+                self._refresh()
         self._wait_for(keys)
-        return torch.cat([self._read(key) for key in keys])
+        return self._reader.read_many(keys)
 
     def checkpointed(self, step: int) -> None:
         self._reader.close()  # an open file takes its space though it is removed
@@ -130,16 +140,6 @@ class RingFeatures(FeatureSource):
         place = self._locate(key)
         return WantedImage(key, place.source, place.image.name, place.grid)
 
-    def _read(self, key: str) -> Tensor:
-        """The features of one image that was there a moment ago."""
-        for _ in range(READS - 1):
-            try:
-                return self._reader.read(key)
-            except CacheError:  # it is set aside or gone by now, and the encoders see that, too
-                self._refresh()
-                self._wait_for([key])
-        return self._reader.read(key)
-
     def _wait_for(self, keys: Sequence[str]) -> None:
         """Until all of them are there.
 
@@ -152,6 +152,7 @@ class RingFeatures(FeatureSource):
         shards = self._shards()
         while missing := [key for key in keys if key not in self._reader]:
             self._refuse_failed(missing)
+            self._refuse_another_training()
             if self._stopped:
                 raise StoppedError
             if (now := self._shards()) - shards:
@@ -183,6 +184,15 @@ class RingFeatures(FeatureSource):
             if (reason := self._failures.reason(key)) is not None:
                 place = self._locate(key)
                 raise self._broken.note(key, place.data, place.image.name, reason)
+
+    def _refuse_another_training(self) -> None:
+        """Where there are locks, it could not begin."""
+        self._position.refresh()
+        if self._position.start is not None and self._position.start.number != self._side.start:
+            raise CacheError(
+                f"another training has begun the ring {self._ring.name} ({self._ring.directory}), whose file system has no "
+                "locks to prevent it: give each training its own --ring, and run the same command to resume"
+            )
 
     def _nobody(self, missing: Sequence[str]) -> CacheError:
         image = self._locate(missing[0]).image.name
