@@ -4,34 +4,38 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 PACKAGES = ("pylance", "webdataset")
 MODULES = {"pylance": "lance", "webdataset": "webdataset"}
-WAYS = ("pylance take of", "pylance take_blobs", "webdataset")
-"""Beginnings of the names of the sides that `make` gives; of those with the same beginning the fastest counts."""
-LANCE_BATCHES = (1, 8, 32)
+FAMILIES = ("pylance take", "pylance blobs", "webdataset")
+"""Beginnings of the names of what `make` gives; of those with the same beginning the fastest counts."""
+TAKEN_TOGETHER = (1, 8, 32)
+BLOBS_TOGETHER = (8, 32)
 TAR_BYTES = 128 << 20
 SHUFFLE_BUFFER = 32
 
 Make = Callable[[int, tuple[int, int]], tuple[str, np.ndarray, Any]]
+Read = Callable[[list[int]], "Iterator[torch.Tensor]"]
+"""The records of these numbers, bf16 [n_tiles, tokens, width]; in this order, but for WebDataset, which has its own."""
 
 
-def make(
-    work: Path, shape: tuple[int, int], records: int, features: Make, orders: list[list[int]]
-) -> dict[str, Callable[[], None]]:
-    """Write the records in each peer's format; name -> a function that reads them all in `orders[0]`."""
-    sides: dict[str, Callable[[], None]] = {}
+def make(work: Path, shape: tuple[int, int], records: int, features: Make) -> dict[str, Read]:
+    """Write the records in each peer's format; name -> how it reads them."""
+    ways: dict[str, Read] = {}
     if importlib.util.find_spec(MODULES["pylance"]):
-        sides |= _lance(work, shape, records, features, orders)
+        ways |= _lance(work, shape, records, features)
     if importlib.util.find_spec(MODULES["webdataset"]):
-        sides |= _webdataset(work, shape, records, features)
-    return sides
+        ways |= _webdataset(work, shape, records, features)
+    return ways
 
 
-def _tensor(data: Any, shape: tuple[int, int]) -> Any:
+def _tensor(data: Any, shape: tuple[int, int]) -> "torch.Tensor":
     """bf16 [n_tiles, tokens, width] of bytes that are in memory."""
     import torch
 
@@ -40,9 +44,7 @@ def _tensor(data: Any, shape: tuple[int, int]) -> Any:
         return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, *shape)
 
 
-def _lance(
-    work: Path, shape: tuple[int, int], records: int, features: Make, orders: list[list[int]]
-) -> dict[str, Callable[[], None]]:
+def _lance(work: Path, shape: tuple[int, int], records: int, features: Make) -> dict[str, Read]:
     import lance
     import pyarrow as pa
 
@@ -61,28 +63,35 @@ def _lance(
     blob = pa.field("features", pa.large_binary(), metadata={"lance-encoding:blob": "true"})
     blobs = write(work / "blobs.lance", blob, "2.1")
 
-    def take(count: int) -> Callable[[], None]:
-        def read() -> None:
-            order = orders[0]
-            for start in range(0, records, count):
-                column = plain.take(order[start : start + count], columns=["features"])["features"]
-                for value in column:
-                    _tensor(value.as_buffer(), shape)
+    def take(count: int) -> Read:
+        def read(order: list[int]) -> "Iterator[torch.Tensor]":
+            for numbers in in_batches(order, count):
+                for value in plain.take(numbers, columns=["features"])["features"]:
+                    yield _tensor(value.as_buffer(), shape)
 
         return read
 
-    def take_blobs() -> None:
-        order = orders[0]
-        for start in range(0, records, 32):
-            for blob in blobs.take_blobs("features", indices=order[start : start + 32]):
-                _tensor(blob.readall(), shape)
+    def take_blobs(order: list[int]) -> "Iterator[torch.Tensor]":
+        for numbers in in_batches(order, 32):
+            for blob in blobs.take_blobs("features", indices=numbers):
+                yield _tensor(blob.readall(), shape)
 
-    return {f"pylance take of {count}": take(count) for count in LANCE_BATCHES} | {
-        "pylance take_blobs of 32": take_blobs
-    }
+    def read_blobs(count: int) -> Read:
+        def read(order: list[int]) -> "Iterator[torch.Tensor]":
+            for numbers in in_batches(order, count):
+                for _, data in blobs.read_blobs("features", indices=numbers, preserve_order=True):
+                    yield _tensor(data, shape)
+
+        return read
+
+    return (
+        {f"pylance take of {count}": take(count) for count in TAKEN_TOGETHER}
+        | {"pylance blobs: take_blobs of 32": take_blobs}
+        | {f"pylance blobs: read_blobs of {count}": read_blobs(count) for count in BLOBS_TOGETHER}
+    )
 
 
-def _webdataset(work: Path, shape: tuple[int, int], records: int, features: Make) -> dict[str, Callable[[], None]]:
+def _webdataset(work: Path, shape: tuple[int, int], records: int, features: Make) -> dict[str, Read]:
     import webdataset as wds
 
     directory = work / "tars"
@@ -93,12 +102,14 @@ def _webdataset(work: Path, shape: tuple[int, int], records: int, features: Make
             sink.write({"__key__": key, "bin": bits.tobytes()})
     urls = sorted(str(path) for path in directory.glob("*.tar"))
 
-    def read() -> None:
+    def read(order: list[int]) -> "Iterator[torch.Tensor]":
         dataset = wds.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(SHUFFLE_BUFFER)
-        count = 0
         for sample in dataset:
-            _tensor(sample["bin"], shape)
-            count += 1
-        assert count == records, f"webdataset gave {count} of {records} records"
+            yield _tensor(sample["bin"], shape)
 
-    return {"webdataset shuffled stream": read}
+    return {"webdataset, shuffled stream": read}
+
+
+def in_batches(order: list[int], count: int) -> Iterator[list[int]]:
+    """The numbers, so many at a time."""
+    return (order[start : start + count] for start in range(0, len(order), count))

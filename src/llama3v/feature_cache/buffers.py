@@ -1,64 +1,97 @@
 """Memory for features that is used again as soon as nothing refers to it any more.
 
-New memory is not free: the kernel clears every page of it before its first use, which takes about as long as reading
-half the record. What was read before and is not needed any more has its pages already.
+New memory is not free: the kernel clears every page of it before its first use. What was used before has its pages
+already, and may still be in the processor's cache.
 """
 
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict
 
 import numpy as np
 
 PAGE = 4096
 IDLE_BYTES = 256 << 20
+LARGER = 4
+"""So many times larger than what is asked for may be what is lent instead of new memory."""
 
 
 class Buffers:
     """Lends memory, and keeps what comes back. Any thread may ask.
+
+    It never holds more than was lent at once at some time.
 
     Args:
         idle_bytes: kept at most while nobody uses it.
     """
 
     def __init__(self, idle_bytes: int = IDLE_BYTES) -> None:
-        self._idle_bytes = idle_bytes
-        self._idle: list[np.ndarray] = []  # the one that came back last is last
-        self._returned: deque[np.ndarray] = deque()
+        self._most_idle = idle_bytes
+        self._lent = self._most_lent = self._idle_bytes = 0  # bytes
+        self._idle: OrderedDict[int, list[np.ndarray]] = OrderedDict()  # by size; the size that was used last is last
+        self._returned: list[np.ndarray] = []  # while the lock was taken
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
         """uint8 [size], its content arbitrary. It is lent until the last array or tensor that shares it is gone."""
-        pages = -(-max(size, 1) // PAGE) * PAGE
-        memory = self._find(pages)
-        if memory is None:
-            memory = _new(pages)
-        # Through a memoryview, since numpy gives views of an array's view that array as their base, and so would not keep
-        # `lent` alive.
+        rounded = _rounded(size)
+        with self._lock:
+            self._sort_in()
+            fitting = [idle for idle in self._idle if rounded <= idle <= LARGER * rounded]
+            memory = self._pop(min(fitting)) if fitting else self._new(rounded)
+            self._lent += len(memory)
+            self._most_lent = max(self._most_lent, self._lent)
+        # Through a memoryview: a view of an array's view has that array as its base, and so would not keep `lent` alive.
         lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)
-        weakref.finalize(lent, self._returned.append, memory).atexit = False  # may run anywhere, so it takes no lock
+        weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent
 
-    def _find(self, size: int) -> np.ndarray | None:
-        """The smallest idle memory of that size that is not twice as large."""
-        with self._lock:
-            while self._returned:
-                self._idle.append(self._returned.popleft())
-            fits = [place for place, memory in enumerate(self._idle) if size <= len(memory) <= 2 * size]
-            found = self._idle.pop(min(fits, key=lambda place: len(self._idle[place]))) if fits else None
-            while sum(map(len, self._idle)) > self._idle_bytes:
-                self._idle.pop(0)
-            return found
+    def _give_back(self, memory: np.ndarray) -> None:
+        """May run anywhere, even while this thread has the lock: so it never waits for it."""
+        self._returned.append(memory)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            memory = self._returned.pop()
+            self._lent -= len(memory)
+            self._idle.setdefault(len(memory), []).append(memory)
+            self._idle.move_to_end(len(memory))
+            self._idle_bytes += len(memory)
+        self._drop_until(self._most_idle)
+
+    def _new(self, size: int) -> np.ndarray:
+        """uint8 [size] that begins with a page, to which the kernel copies faster."""
+        self._drop_until(max(0, self._most_lent - self._lent - size))
+        memory = np.empty(size + PAGE, dtype=np.uint8)
+        start = -memory.ctypes.data % PAGE
+        return memory[start : start + size]
+
+    def _drop_until(self, idle_bytes: int) -> None:
+        while self._idle_bytes > idle_bytes:
+            self._pop(next(iter(self._idle)))
+
+    def _pop(self, size: int) -> np.ndarray:
+        memory = self._idle[size].pop()
+        self._idle_bytes -= size
+        self._idle.move_to_end(size)
+        if not self._idle[size]:
+            del self._idle[size]
+        return memory
 
     def __getstate__(self) -> dict[str, int]:
-        return {"idle_bytes": self._idle_bytes}
+        return {"idle_bytes": self._most_idle}
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def _new(size: int) -> np.ndarray:
-    """uint8 [size] that begins with a page, to which the kernel copies faster."""
-    memory = np.empty(size + PAGE, dtype=np.uint8)
-    start = -memory.ctypes.data % PAGE
-    return memory[start : start + size]
+def _rounded(size: int) -> int:
+    """Up to whole pages, and to one of four sizes in every power of two: so sizes come again. Pages that are not touched
+    take no memory."""
+    step = max(PAGE, 1 << max(0, size.bit_length() - 3))
+    return -(-max(size, 1) // step) * step

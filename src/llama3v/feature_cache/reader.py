@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,9 @@ class CacheReader:
                 (damaged.jsonl), so that the next `llama3v encode` encodes it anew.
         """
         copies = self._copies(key)
-        return self._read_into(copies, self._buffers.take(_decoded_bytes(copies[0])))
+        memory = self._buffers.take(_decoded_bytes(copies[0]))
+        self._fill(memory, copies)
+        return codec_named(copies[0].dtype).as_tensor(memory, copies[0].shape)
 
     def read_many(self, keys: Sequence[str]) -> "torch.Tensor":
         """The features of several images, one after another: bf16 [tiles of all, tokens, width], as `torch.cat` of what
@@ -122,15 +125,15 @@ class CacheReader:
         found = [self._copies(key) for key in keys]
         records = [copies[0] for copies in found]
         shape = _joint_shape(records)
-        ends = np.cumsum([_decoded_bytes(record) for record in records])
-        memory = self._buffers.take(int(ends[-1]))
-        parts = np.split(memory, ends[:-1])
+        sizes = [_decoded_bytes(record) for record in records]
+        memory = self._buffers.take(sum(sizes))
+        parts = [memory[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
         threads = min(self.threads, len(keys)) if len(memory) >= WORTH_THREADS else 1
         if threads == 1:
-            outcomes = list(map(self._try_into, found, parts))
+            outcomes = list(map(self._try_to_fill, parts, found))
         else:
             with ThreadPoolExecutor(threads, "read") as pool:
-                outcomes = list(pool.map(self._try_into, found, parts))
+                outcomes = list(pool.map(self._try_to_fill, parts, found))
         if errors := [error for error in outcomes if error is not None]:
             raise CacheError(f"{errors[0]}" + (f" (and {len(errors) - 1} more of them)" if errors[1:] else ""))
         return codec_named(records[0].dtype).as_tensor(memory, shape)
@@ -196,17 +199,19 @@ class CacheReader:
             )
         return copies
 
-    def _read_into(self, copies: Sequence[Record], memory: np.ndarray) -> "torch.Tensor":
-        """The features of a record that has these copies, in `memory` (uint8 [decoded bytes])."""
+    def _fill(self, memory: np.ndarray, copies: Sequence[Record]) -> None:
+        """Put the features of a record that has these copies into `memory` (uint8 [decoded bytes])."""
         record = copies[0]
         codec = codec_named(record.dtype)
-        data = memory if codec.is_plain else self._buffers.take(record.bytes)
+        if codec.is_plain:
+            return self._read_verified(copies, memory)
+        data = self._buffers.take(record.bytes)
         self._read_verified(copies, data)
-        return codec.decode(data, record.shape, memory)
+        codec.decode(data, record.shape, memory)
 
-    def _try_into(self, copies: Sequence[Record], memory: np.ndarray) -> CacheError | None:
+    def _try_to_fill(self, memory: np.ndarray, copies: Sequence[Record]) -> CacheError | None:
         try:
-            self._read_into(copies, memory)
+            self._fill(memory, copies)
         except CacheError as error:
             return error
         return None
