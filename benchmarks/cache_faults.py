@@ -21,7 +21,7 @@ import cache_process  # noqa: E402
 import prune_process  # noqa: E402
 
 from llama3v.errors import CacheError  # noqa: E402
-from llama3v.feature_cache import commit, reader, tools_prune  # noqa: E402
+from llama3v.feature_cache import commit, copies, tools_prune  # noqa: E402
 from llama3v.feature_cache.layout import CachePaths, fingerprint_of  # noqa: E402
 from llama3v.feature_cache.reader import CacheReader  # noqa: E402
 from llama3v.feature_cache.writer import CacheWriter  # noqa: E402
@@ -88,7 +88,7 @@ def sweep_flips(work: Path, flips: int) -> dict[str, int]:
     counts = dict.fromkeys(("flips", "undetected", "not named", "not encoded anew"), 0)
     cache_process.write(str(work / "filled"), range(RECORDS), PER_SHARD)
     generator = random.Random(0)
-    with patch.object(reader, "RETRY_SECONDS", 0.0):  # nothing heals between two reads here
+    with patch.object(copies, "RETRY_SECONDS", 0.0):  # nothing heals between two reads here
         for number in range(flips):
             root = shutil.copytree(work / "filled", work / "flipped")
             path = _flip(root, "*.idx" if number % 3 == 0 else "*.safetensors", generator)
