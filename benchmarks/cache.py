@@ -10,7 +10,7 @@ tensor, as a training step takes them: ours reads them to where they belong (`re
 `torch.cat`.
 
 Peers, as their documentation has it for random access:
-    Lance: `LanceDataset.take` by row numbers (the fastest of 1, 8 and 32 at a time) on a large_binary column, and
+    Lance: `LanceDataset.take` by row numbers (the faster of 1 and 8 at a time) on a large_binary column, and
         `take_blobs` and `read_blobs` on a blob column. All read with threads of their own.
     WebDataset: tar files through `WebDataset(shardshuffle=...).shuffle(...)`, which reads in the order of the files and
         shuffles in a buffer: an easier task than ours.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llama3v.feature_cache.reader import CacheReader
 
-TOGETHER = 4
+TOGETHER = 3
 """Records that are read by one `read_many`."""
 
 

@@ -15,7 +15,7 @@ PACKAGES = ("pylance", "webdataset")
 MODULES = {"pylance": "lance", "webdataset": "webdataset"}
 FAMILIES = ("pylance take", "pylance blobs", "webdataset")
 """Beginnings of the names of what `make` gives; of those with the same beginning the fastest counts."""
-TAKEN_TOGETHER = (1, 8, 32)
+TAKEN_TOGETHER = (1, 8)
 BLOBS_TOGETHER = (8, 32)
 TAR_BYTES = 128 << 20
 SHUFFLE_BUFFER = 32

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,10 @@ class Ring:
         )
 
     def train(self) -> Any:
-        return self._started(start("pretrain", self.training))
+        return self.start_training(self.training)
+
+    def start_training(self, options: PretrainConfig) -> Any:
+        return self._started(start("pretrain", options))
 
     def encode(self, number: int = 0, **environment: str) -> Any:
         return self._started(start("encode", self.encoding(number), environment))
@@ -227,6 +231,48 @@ def test_killed_again_and_again_both_go_on_to_the_same_training(ring: Ring, plai
         finish(encoder, ring)
     assert killed["encoder"] >= 2, killed
     assert killed["trainer"] >= 2, killed
+    assert losses(ring.training.out) == losses(plain)
+    assert ring.largest <= ring.bound + ring.one_shard()
+    assert ring.used() == 0
+
+
+@pytest.mark.slow  # starts processes for up to a minute
+def test_killed_both_at_once_again_and_again_they_go_on_to_the_same_training(ring: Ring, plain: Path) -> None:
+    chance, killed = random.Random(1), 0
+    with ring.watched():
+        encoder, trainer = ring.encode(), ring.train()
+        while ring.steps_done() < STEPS - 2 and killed < 5:
+            before, began = ring.steps_done(), time.monotonic()
+            while ring.steps_done() < before + 2 and trainer.is_alive() and time.monotonic() - began < 30:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.1))
+            for victim in (encoder, trainer):
+                if victim.is_alive():
+                    os.kill(victim.pid, signal.SIGKILL)
+            for victim in (encoder, trainer):
+                victim.join()
+            killed += {encoder.exitcode, trainer.exitcode} == {-signal.SIGKILL}
+            trainer, encoder = (ring.train(), ring.encode()) if killed % 2 else (ring.encode(), ring.train())[::-1]
+        finish(trainer, ring)
+        finish(encoder, ring)
+    assert killed >= 2
+    assert losses(ring.training.out) == losses(plain)
+    assert ring.largest <= ring.bound + ring.one_shard()
+    assert ring.used() == 0
+
+
+@pytest.mark.slow  # starts processes for up to a minute
+def test_another_training_may_take_over_a_ring_whose_training_was_killed(ring: Ring, plain: Path) -> None:
+    """In another codec, and so with other features, while the encoder of the first is still at work."""
+    first = replace(ring.training, out=ring.training.out.with_name("first"), codec="int8")
+    with ring.watched():
+        encoder, trainer = ring.encode(), ring.start_training(first)
+        while trainer.is_alive() and not (first.out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.join()
+        finish(ring.train(), ring)
+        finish(encoder, ring)
     assert losses(ring.training.out) == losses(plain)
     assert ring.largest <= ring.bound + ring.one_shard()
     assert ring.used() == 0

@@ -4,6 +4,7 @@ New memory is not free: the kernel clears every page of it before its first use.
 already, and may still be in the processor's cache.
 """
 
+import mmap
 import threading
 import weakref
 from collections import OrderedDict
@@ -28,8 +29,8 @@ class Buffers:
     def __init__(self, idle_bytes: int = IDLE_BYTES) -> None:
         self._most_idle = idle_bytes
         self._lent = self._most_lent = self._idle_bytes = 0  # bytes
-        self._idle: OrderedDict[int, list[np.ndarray]] = OrderedDict()  # by size; the size that was used last is last
-        self._returned: list[np.ndarray] = []  # while the lock was taken
+        self._idle: OrderedDict[int, list[mmap.mmap]] = OrderedDict()  # by size; the size that was used last is last
+        self._returned: list[mmap.mmap] = []  # while the lock was taken
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
@@ -41,12 +42,11 @@ class Buffers:
             memory = self._pop(min(fitting)) if fitting else self._new(rounded)
             self._lent += len(memory)
             self._most_lent = max(self._most_lent, self._lent)
-        # Through a memoryview: a view of an array's view has that array as its base, and so would not keep `lent` alive.
-        lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)
+        lent = np.frombuffer(memory, dtype=np.uint8, count=size)  # no view of an array: its own views keep it alive
         weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent
 
-    def _give_back(self, memory: np.ndarray) -> None:
+    def _give_back(self, memory: mmap.mmap) -> None:
         """May run anywhere, even while this thread has the lock: so it never waits for it."""
         self._returned.append(memory)
         if self._lock.acquire(blocking=False):
@@ -64,18 +64,22 @@ class Buffers:
             self._idle_bytes += len(memory)
         self._drop_until(self._most_idle)
 
-    def _new(self, size: int) -> np.ndarray:
-        """uint8 [size] that begins with a page, to which the kernel copies faster."""
+    def _new(self, size: int) -> mmap.mmap:
+        """From the kernel, not from malloc: it begins with a page, and goes back as a whole."""
         self._drop_until(max(0, self._most_lent - self._lent - size))
-        memory = np.empty(size + PAGE, dtype=np.uint8)
-        start = -memory.ctypes.data % PAGE
-        return memory[start : start + size]
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"no memory for {size} bytes of features") from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
 
     def _drop_until(self, idle_bytes: int) -> None:
         while self._idle_bytes > idle_bytes:
             self._pop(next(iter(self._idle)))
 
-    def _pop(self, size: int) -> np.ndarray:
+    def _pop(self, size: int) -> mmap.mmap:
         memory = self._idle[size].pop()
         self._idle_bytes -= size
         self._idle.move_to_end(size)
