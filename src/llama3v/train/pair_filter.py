@@ -10,9 +10,9 @@ from llama3v.config import TrainConfig
 from llama3v.data.sources.base import Sample
 from llama3v.errors import CacheError
 from llama3v.feature_cache.layout import CachePaths, read_manifest
-from llama3v.feature_cache.reader import encode_option
 from llama3v.feature_cache.scores import Scores, open_scores
 from llama3v.feature_cache.scores_judge import Judged, NotScoredError, judge
+from llama3v.feature_cache.selection import encode_option
 
 TOO_LOW = "pair score below --min-score"
 
