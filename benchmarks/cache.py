@@ -56,17 +56,21 @@ def main() -> None:
     shape = (8, 32) if options.quick else (729, 1152)
     load = os.getloadavg()[0]
     work = Path(tempfile.mkdtemp(prefix="llama3v-benchmark-", dir=options.directory))
+    parts = (
+        lambda: cache_reading.read_rows(work, shape, options.tiles, options.rounds),
+        lambda: memory_rows(work, options),
+        lambda: cache_faults.rows(work, options.flips, options.quick),
+    )
+    packages, rows = ("numpy", "xxhash", *cache_peers.PACKAGES), []
     try:
-        rows = cache_reading.read_rows(work, shape, options.tiles, options.rounds)
-        rows += memory_rows(work, shape, options)
-        rows += cache_faults.rows(work, options.flips, options.quick)
+        for part in parts:  # written after each: a long run may be ended early
+            rows += part()
+            write_results(options.json, rows, packages=packages, load_average_before=round(load, 2))
     finally:
         shutil.rmtree(work)
-    packages = ("numpy", "xxhash", *cache_peers.PACKAGES)
-    write_results(options.json, rows, packages=packages, load_average_before=round(load, 2))
 
 
-def memory_rows(work: Path, shape: tuple[int, int], options: Options) -> list[dict[str, Any]]:
+def memory_rows(work: Path, options: Options) -> list[dict[str, Any]]:
     """Memory of a process that reads more than ten times what it may take."""
     found = cache_memory.measure(work / "cache", options.memory_mb << 20)
     return [
