@@ -277,7 +277,7 @@ class TrainConfig:
     """Packed rows in one optimizer step (the global batch)."""
     rows_per_pass: int = 8
     """Packed rows in one forward and backward pass; fewer need less memory and change nothing else."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     """Peak learning rate of the projector (and of the vision top under `seed`)."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises; then it falls by a cosine to zero."""

@@ -24,10 +24,11 @@ PRETRAIN: dict[str, Any] = _BOTH | {
     "llm": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "max_tiles": 0,
     "scale_factor": 3,
-    "steps": 60,
-    "learning_rate": 1e-3,
+    "steps": 50,
+    "warmup": 0.1,
+    "learning_rate": 1e-4,  # at 1e-3 stage 1 learns nothing of the images (docs/training.md)
 }
-SFT: dict[str, Any] = _BOTH | {"steps": 400, "learning_rate": 1e-3, "llm_learning_rate": 3e-4}
+SFT: dict[str, Any] = _BOTH | {"steps": 110, "warmup": 0.1, "learning_rate": 1e-4, "llm_learning_rate": 2e-4}
 
 
 @dataclass(frozen=True)
