@@ -174,7 +174,7 @@ def prepared(samples: Sequence[Sample], shape: ModelShape) -> PreparedData:
         image_starts=np.arange(len(samples) + 1),
         labels=np.asarray([sample.answer for sample in samples], np.int32),
         keys=np.frombuffer(keys.encode(), np.uint8).reshape(-1, 32),
-        grids=np.asarray([(1, 1)] * len(samples), np.int32),
+        grids=np.asarray([(max(1, sample.tiles - 1), 1) for sample in samples], np.int32),  # and the overview
         made_from={},
         digest="",
         left_out=0,
