@@ -179,6 +179,7 @@ def prepared(samples: Sequence[Sample], shape: ModelShape) -> PreparedData:
         digest="",
         left_out=0,
         not_in_cache=0,
+        below_min_score=0,
         locations=None,
     )
 
