@@ -37,7 +37,7 @@ class ParquetSource:
         self.name = name_of(path)
         self._root = path if path.is_dir() else path.parent
         self._files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        self._columns: dict[str, _ImageColumn] = {}  # of the files that `image` was asked about
+        self._columns: dict[str, ImageColumn] = {}  # of the files that `image` was asked about
 
     @cached_property
     def digest(self) -> str:
@@ -59,17 +59,17 @@ class ParquetSource:
         file, _, row = file_and_row.rpartition("#")
         if file not in self._columns:
             path = self._root / file
-            column = _image_column(_open(path))
+            column = _image_column(open_parquet(path))
             if column is None:
                 raise DataError(f"{path}: expected a column images or image, found none")
-            self._columns[file] = _ImageColumn(path, column)
+            self._columns[file] = ImageColumn(path, column)
         return ParquetImage(name, self._columns[file], int(row), int(place))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
 
     def _read(self, path: Path) -> Iterator[Sample | Rejected]:
-        file = _open(path)
+        file = open_parquet(path)
         columns = file.schema_arrow.names
         image = _image_column(file)
         text = next((name for name in ("texts", "conversations", "messages") if name in columns), None)
@@ -77,8 +77,8 @@ class ParquetSource:
             found = ", ".join(columns)
             raise DataError(f"{path}: expected a column texts, conversations or messages, found {found}")
         wanted = [name for name in (text, "id", "idx") if name in columns] + _without_bytes(file, image)
-        pictures = _ImageColumn(path, image or "")
-        for number, row in enumerate(_rows(file, path, wanted)):
+        pictures = ImageColumn(path, image or "")
+        for number, row in enumerate(text_rows(file, path, wanted)):
             id = name = f"{self._name(path)}#{number}"
             try:
                 if isinstance(row, DataError):
@@ -96,7 +96,7 @@ class ParquetSource:
 class ParquetImage(ImageRef):
     """Image `place` of row `row`. Reading in the order of the rows is quick; at random it is slow."""
 
-    column: "_ImageColumn"
+    column: "ImageColumn"
     row: int
     place: int
 
@@ -111,7 +111,7 @@ class ParquetImage(ImageRef):
         return read_image_file(self.column.path.parent / image) if isinstance(image, str) else image
 
 
-class _ImageColumn:
+class ImageColumn:
     """The image column of one file: a few rows of it in memory, moving forward, or anew to go back."""
 
     def __init__(self, path: Path, name: str) -> None:
@@ -138,7 +138,7 @@ class _ImageColumn:
                 raise ImageError(f"{name}: cannot be read from {self.path} ({_one_line(error)})") from error
 
     def _move_to(self, row: int) -> None:
-        self._file = self._file or _open(self.path)
+        self._file = self._file or open_parquet(self.path)
         group, first = _row_group(self._file, row)
         if group != self._group or row < self._start:
             self._batches = self._file.iter_batches(IMAGE_ROWS, row_groups=[group], columns=[self._name])
@@ -164,7 +164,7 @@ def _row_group(file: "pq.ParquetFile", row: int) -> tuple[int, int]:
     raise IndexError(f"row {row} of {first}")
 
 
-def _rows(file: "pq.ParquetFile", path: Path, columns: list[str]) -> Iterator[Any]:
+def text_rows(file: "pq.ParquetFile", path: Path, columns: list[str]) -> Iterator[Any]:
     """Rows as dicts, in flat memory; a DataError in place of a row whose text is not UTF-8."""
     import pyarrow as pa
 
@@ -215,7 +215,7 @@ def _without_bytes(file: "pq.ParquetFile", image: str | None) -> list[str]:
     return [leaf for leaf in parts if not leaf.endswith(".bytes")] or parts
 
 
-def _open(path: Path) -> "pq.ParquetFile":
+def open_parquet(path: Path) -> "pq.ParquetFile":
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

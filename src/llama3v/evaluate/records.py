@@ -1,0 +1,91 @@
+"""One JSON line per answer: prompt, answer, what was read out of it, score. A run that is killed goes on from them."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from llama3v.errors import DataError
+
+Parsed: TypeAlias = str | tuple[str | float, ...]
+"""One reading of an answer, or the several that an open question allows."""
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """What a model said to one sample under one condition, and what that was worth."""
+
+    task: str
+    id: str
+    condition: str  # of sight.CONDITIONS: "right image" | "wrong image" | "blind"
+    category: str
+    cluster: str
+    images: tuple[str, ...]  # names of those that were shown
+    prompt: str
+    answer: str
+    parsed: Parsed | None
+    references: tuple[str, ...]
+    score: float
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.task, self.condition, self.id)
+
+    def to_json(self) -> str:
+        """One line of strict JSON: numbers that JSON lacks (an answer may say "infinity") are written as text."""
+        values = asdict(self)
+        if isinstance(self.parsed, tuple):
+            values["parsed"] = [_strict(value) for value in self.parsed]
+        return json.dumps(values, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "AnswerRecord":
+        """Raises ValueError, KeyError or TypeError where the line is no record."""
+        values: dict[str, Any] = json.loads(line)
+        record = {one.name: values[one.name] for one in fields(cls)}
+        for name in ("images", "references", "parsed"):
+            if isinstance(record[name], list):
+                record[name] = tuple(record[name])
+        return cls(**record)
+
+
+def _strict(value: str | float) -> str | float:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_records(path: Path, records: Iterable[AnswerRecord]) -> None:
+    """Add lines and wait until they are on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(record.to_json() + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[AnswerRecord]:
+    """The records of a file, none twice. A last line that a kill cut off is dropped from the file, so that the next
+    append starts on a new one; any other broken line is a DataError that names it.
+    """
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    found: dict[tuple[str, str, str], AnswerRecord] = {}
+    for number, line in enumerate(text[:whole].decode("utf-8", "replace").splitlines(), 1):
+        try:
+            record = AnswerRecord.from_json(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: line {number} is no answer record ({error}); move the file away") from error
+        found.setdefault(record.key, record)
+    return list(found.values())
+
+
+def unparsed_share(records: Sequence[AnswerRecord]) -> float:
+    """The share of answers that no rule could read; 0 of none."""
+    return sum(record.parsed is None for record in records) / len(records) if records else 0.0

@@ -1,0 +1,80 @@
+"""POPE: is there a ... in the image? Yes or no, about things that are there and things that are not.
+
+Rule: the benchmark's own (AoiDragon/POPE, evaluate.py), which LLaVA's published figures follow: of the first sentence, any of
+the words "No", "no", "not" means no, and *everything else means yes*. Here an answer with neither word nor a "yes" is counted
+as unparsed, and scored as that yes. lmms-eval 0.7.3 wants the bare word instead ("yes", "no"; tasks/pope/utils.py), leaves
+"Yes." out of precision and recall, and so inflates F1; `strict accuracy` is its accuracy, for comparison.
+"""
+
+import string
+
+import numpy as np
+
+from llama3v.evaluate.records import AnswerRecord, Parsed
+from llama3v.evaluate.tasks.base import SHORT_PROMPT, Array, Figure, Task, TaskSample, mean_score, share
+from llama3v.evaluate.tasks.rows import Row
+
+_MARKS = string.punctuation + string.whitespace
+
+
+def parse_yes_no(answer: str) -> str | None:
+    """ "yes", "no", or None where the first sentence says neither."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    if not {"No", "no", "not"}.isdisjoint(words):
+        return "no"
+    return "yes" if "yes" in (word.strip(_MARKS).lower() for word in words) else None
+
+
+class Pope(Task):
+    name = "pope"
+    rule = "POPE's own evaluate.py: any no in the first sentence is no, everything else yes"
+    hub = "lmms-lab/POPE"
+    files = ("test-*.parquet", "data/test-*.parquet", "*.parquet", "coco_pope_*.json", "*.json", "*.jsonl")
+
+    def sample(self, row: Row) -> TaskSample:
+        own = "label" in row.values
+        picture = str(row.get("image_source") or row.get("image"))
+        return TaskSample(
+            id=row.name if own else row.text("id", "question_id"),
+            images=row.in_folder("val2014", "image") if own else row.images("image"),
+            prompt=f"{row.text('question', 'text').strip()}\n{SHORT_PROMPT}",
+            references=(row.text("answer", "label").lower().strip(),),
+            category=str(row.get("category") or row.file.stem.removeprefix("coco_pope_")),
+            cluster=picture,
+        )
+
+    def parse(self, answer: str, sample: TaskSample) -> Parsed | None:
+        return parse_yes_no(answer)
+
+    def guess(self, answer: str, sample: TaskSample) -> Parsed | None:
+        return "yes"
+
+    def score(self, parsed: Parsed, sample: TaskSample) -> float:
+        return float(parsed in sample.references)
+
+    def figures(self) -> tuple[Figure, ...]:
+        return (
+            mean_score("accuracy"),
+            Figure("F1", _counts, _f1),
+            Figure("precision", _counts, lambda sums: share(sums[..., [0, 3]])),
+            Figure("recall", _counts, lambda sums: share(sums[..., [0, 4]])),
+            Figure("yes ratio", _counts, lambda sums: share(sums[..., [3, 5]])),
+            Figure("strict accuracy", _strict, share),
+        )
+
+
+def _counts(record: AnswerRecord) -> tuple[float, ...]:
+    """Right yes, wrong yes, missed yes, said yes, gold yes, all."""
+    gold = "yes" in record.references
+    said = gold == (record.score == 1.0)
+    return (gold and said, said and not gold, gold and not said, said, gold, 1.0)
+
+
+def _strict(record: AnswerRecord) -> tuple[float, float]:
+    return (float(record.answer.lower().strip() in record.references), 1.0)
+
+
+def _f1(sums: Array) -> Array:
+    """2 TP / (2 TP + FP + FN), which is the harmonic mean of precision and recall."""
+    twice = 2 * sums[..., 0]
+    return share(np.stack([twice, twice + sums[..., 1] + sums[..., 2]], axis=-1))
