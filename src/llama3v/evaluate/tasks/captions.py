@@ -2,7 +2,7 @@
 
 CIDEr, BLEU and ROUGE-L are computed by pycocoevalcap, the COCO evaluation itself. Its tokenizer and METEOR are Java programs,
 which few machines have; here nltk stands in for both, so that
-- captions are split by nltk's Treebank tokenizer instead of Stanford's (docs/evaluation.md says how little that changes);
+- captions are split by nltk's Treebank tokenizer instead of Stanford's, which splits nearly all captions alike;
 - METEOR is nltk's, with exact and stemmed matches only: it is not METEOR 1.5 and is named so.
 
 CIDEr weighs words by how rare they are in the references *of the images at hand*: it compares only on the same images.
