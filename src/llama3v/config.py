@@ -251,7 +251,7 @@ class TrainConfig:
 
     recipe: Annotated[Recipe | None, arg(help_behavior_hint="")] = None
     """Start from a named set of options; the ones you give win. With --help it says what it is and what it
-    takes."""
+    takes, with --dry-run what it comes to on your data."""
     data: Annotated[tuple[str, ...], arg(metavar="DATA...")]
     """One or more data sets (see `llama3v encode --help`); their images must be in the cache."""
     cache: MaybePath = None
@@ -317,6 +317,9 @@ class TrainConfig:
     budget: MaybeFloat = None
     """Dollars that the run may cost, all its parts together (needs `dollars_per_hour`): before it costs more, it
     writes a checkpoint and stops, to go on under a higher budget."""
+    dry_run: Annotated[bool, FlagCreatePairsOff] = False
+    """Print the plan and stop: what trains, steps, memory by part, time and dollars; then one real step on a
+    scaled-down copy. Needs no weights, no cache and no GPU, and writes nothing."""
 
     def __post_init__(self) -> None:
         _require(len(self.data) > 0, "--data is empty; name at least one data set")

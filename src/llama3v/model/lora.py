@@ -51,7 +51,7 @@ def add_lora(llm: nn.Module, options: LoraOptions, seed: int = 0) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, llm, _NAME)
+        peft.inject_adapter_in_model(config, llm, _NAME, low_cpu_mem_usage=_is_meta(llm))
     for name, parameter in llm.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # peft gives them the type of the frozen weight
@@ -170,6 +170,10 @@ def _options_of(config: dict[str, Any]) -> LoraOptions:
         dropout=config["lora_dropout"],
         targets=tuple(sorted(config["target_modules"])),
     )
+
+
+def _is_meta(llm: nn.Module) -> bool:
+    return next(llm.parameters()).is_meta  # adapters of a model without weights have none either
 
 
 def _refuse_unmatched(llm: nn.Module, targets: tuple[str, ...]) -> None:

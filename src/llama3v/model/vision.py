@@ -129,24 +129,8 @@ class SiglipTower(VisionTower):
         from transformers import SiglipVisionModel
 
         source, missing = load_stock(SiglipVisionModel, name_or_directory)
-        config = source.config
-        if config.hidden_act != "gelu_pytorch_tanh" or config.layer_norm_eps != 1e-6:
-            raise CheckpointError(
-                f"{name_or_directory}: a SigLIP tower has gelu_pytorch_tanh and eps 1e-6, found {config.hidden_act} and "
-                f"{config.layer_norm_eps}; features would be wrong"
-            )
-        depth = config.num_hidden_layers - 1
-        tower = cls(
-            {
-                "tile_size": config.image_size,
-                "patch_size": config.patch_size,
-                "width": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "mlp_size": config.intermediate_size,
-                "depth": depth,
-                "cut": depth if cut is None else cut,
-            }
-        )
+        tower = cls(_siglip_geometry(name_or_directory, source.config, cut))
+        depth = tower.depth
         weights = {
             name.removeprefix("encoder."): value
             for name, value in source.state_dict().items()
@@ -155,6 +139,25 @@ class SiglipTower(VisionTower):
         refuse_missing(name_or_directory, {name.removeprefix("encoder.") for name in missing} & set(weights))
         tower.load_state_dict(weights)
         return tower.eval()
+
+
+def _siglip_geometry(source: str, config: Any, cut: int | None) -> dict[str, Any]:
+    """Geometry of the tower that a SigLIP vision configuration describes; raises CheckpointError for another activation."""
+    if config.hidden_act != "gelu_pytorch_tanh" or config.layer_norm_eps != 1e-6:
+        raise CheckpointError(
+            f"{source}: a SigLIP tower has gelu_pytorch_tanh and eps 1e-6, found {config.hidden_act} and "
+            f"{config.layer_norm_eps}; features would be wrong"
+        )
+    depth = config.num_hidden_layers - 1
+    return {
+        "tile_size": config.image_size,
+        "patch_size": config.patch_size,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "mlp_size": config.intermediate_size,
+        "depth": depth,
+        "cut": depth if cut is None else cut,
+    }
 
 
 def load_stock(kind: Any, source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
@@ -214,6 +217,26 @@ def load_tower(name_or_directory: str, *, cut: int | None = None) -> VisionTower
             first_line = str(error).splitlines()[0]
             raise CheckpointError(f"vision tower {name_or_directory!r} cannot be loaded: {first_line}") from error
     return tower.requires_grad_(False).eval()
+
+
+def tower_geometry(name_or_directory: str, *, cut: int | None = None) -> dict[str, Any]:
+    """What `load_tower` would have as `geometry`, read from configuration files: no weights are needed."""
+    from transformers import AutoConfig
+
+    from llama3v.model import efficientnet
+
+    if efficientnet.is_name(name_or_directory):
+        return efficientnet.EfficientNetTower({"name": name_or_directory, "cut": 0}).geometry
+    config = _read_json(Path(name_or_directory) / "config.json")
+    if config.get("model_type") == "llama3v":
+        return dict(config["vision_config"])
+    try:
+        stock = AutoConfig.from_pretrained(name_or_directory)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(f"vision tower {name_or_directory!r}: no configuration ({first_line})") from error
+    vision = getattr(stock, "vision_config", stock)
+    return {**_siglip_geometry(name_or_directory, vision, cut), "kind": SiglipTower.kind}
 
 
 def _tower_of_model(path: Path, config: dict[str, Any], cut: int | None) -> VisionTower:

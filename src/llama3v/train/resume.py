@@ -18,7 +18,16 @@ from llama3v.errors import CheckpointError
 # cut up, not what is computed. (rows_per_pass changes the last bits of a sum, and nothing else; so may another mode.)
 FREE = frozenset(
     {
-        *("recipe", "out", "cache", "dollars_per_hour", "checkpoint_every", "keep_checkpoints", "max_bad_ratio"),
+        *(
+            "recipe",
+            "dry_run",
+            "out",
+            "cache",
+            "dollars_per_hour",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_bad_ratio",
+        ),
         *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode", "ring"),
         *("budget", "preemption_hours"),
     }

@@ -21,6 +21,7 @@ from llama3v.model.llama3v import Llama3VForConditionalGeneration, save_model
 from llama3v.train import curves, stages, start
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
+from llama3v.train.dry_run import dry_run
 from llama3v.train.features.base import Demand
 from llama3v.train.inputs import Inputs, entered_ring, open_features, open_inputs
 from llama3v.train.instruments import open_instruments
@@ -46,7 +47,7 @@ Model = Llama3VForConditionalGeneration
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Stage 1: align images with text. Only the projector trains.
 
-    Leaves a complete model in `config.out`, with checkpoints, metrics.jsonl, curves.png, ledger.jsonl and
+    With `config.dry_run` nothing is trained: the plan is printed and returned (train/dry_run.py). Else it leaves a complete model in `config.out`, with checkpoints, metrics.jsonl, curves.png, ledger.jsonl and
     summary.json. Run again after any interruption to resume; a finished run returns its summary.
 
     Returns the summary. Raises a Llama3VError for what the user can mend; SystemExit after a
@@ -87,6 +88,9 @@ class _Stage:
 
 def _run(stage: _Stage, console: Console) -> dict[str, Any]:
     config = stage.config
+    if config.dry_run:
+        verb = pretrain if stage.name == "pretrain" else sft
+        return dry_run(config, stage.name, stage.policy, verb, console)  # type: ignore[arg-type]
     if (summary := finished_run(stage.name, config)) is not None:
         _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary

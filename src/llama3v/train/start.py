@@ -67,7 +67,7 @@ def _with_base(config: SftConfig) -> tuple[Model, PreTrainedTokenizerBase, Base]
 
 def _freeze(model: Model, base: Base, config: TrainConfig) -> None:
     """Hold the LLM as asked, put adapters into it where asked, and let the model refer to where it came from."""
-    lora = _lora_options(config)
+    lora = lora_options(config)
     hold(model.llm, config.llm_weights, "cuda" if torch.cuda.is_available() else "cpu")
     if lora is not None:
         add_lora(model.llm, lora, config.seed)
@@ -75,7 +75,8 @@ def _freeze(model: Model, base: Base, config: TrainConfig) -> None:
     model.base = replace(base, weights=config.llm_weights, dtype=str(dtype).removeprefix("torch."), lora=lora)
 
 
-def _lora_options(config: TrainConfig) -> LoraOptions | None:
+def lora_options(config: TrainConfig) -> LoraOptions | None:
+    """The adapters that a run asks for, if it does."""
     if not isinstance(config, SftConfig) or not config.lora_rank:
         return None
     alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
