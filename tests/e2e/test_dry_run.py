@@ -9,7 +9,7 @@ from rich.console import Console
 from training import make_pictures
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
-from llama3v.errors import ConfigError, DataError
+from llama3v.errors import CacheError, ConfigError
 from llama3v.model.frozen import hold
 from llama3v.train import run
 from llama3v.train.memory import memory_of
@@ -201,5 +201,5 @@ def test_mistakes_of_the_run_show_in_the_dry_run(place, tmp_path):
     with pytest.raises(ConfigError, match="top is empty"):
         run.sft(stage2(place, policy="seed"), console=recording())
     shutil.copy(place / "pictures" / "train.json", tmp_path / "alone.json")
-    with pytest.raises(DataError):
+    with pytest.raises(CacheError, match="run it where the images lie"):
         run.sft(stage2(place, data=(str(tmp_path / "alone.json"),)), console=recording())

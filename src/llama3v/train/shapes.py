@@ -2,7 +2,7 @@
 the backward pass would need is met and counted.
 
 Products run in bf16 where autocast would run them so, and attention is counted as its fused kernels keep it: queries,
-keys, values, output and one number per query and head, but no matrix of attention.
+keys, values, output, one number per query and head, and the mask as numbers, but no matrix of attention per head.
 """
 
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ class _AsAutocast(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            return _Attention.apply(*(self._cast(x) for x in args[:3]))
+            return _Attention.apply(*(self._cast(x) for x in args[:3]), kwargs.get("attn_mask"))
         if self.bf16 and function in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__):
             args = tuple(self._cast(x) for x in args)
         return function(*args, **kwargs)
@@ -108,14 +108,15 @@ class _Attention(torch.autograd.Function):
     """Shapes of fused attention: [rows, heads, length, head size] x 3 -> the same."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         out = torch.empty_like(queries)
-        ctx.save_for_backward(queries, keys, values, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
+        bias = [] if mask is None else [mask.to(out.dtype)]  # every layer makes its own of the mask of all
+        ctx.save_for_backward(queries, keys, values, out, out.new_empty(out.shape[:-1], dtype=torch.float32), *bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None)
 
 
 @contextmanager
