@@ -3,11 +3,12 @@
 Hardware: 8 GPUs of 80 GB and about 12 TB of local disk for the cache (bf16; half of it with --codec int8).
 
     llama3v encode --data captions.json --vision google/siglip-so400m-patch14-384 --max-tiles 0 --cache /nvme/cache
-    torchrun --nproc-per-node 8 -m llama3v pretrain --recipe llama3_8b \\
-        --data captions.json --cache /nvme/cache --out runs/stage1
+    llama3v pretrain --recipe llama3_8b --data captions.json --cache /nvme/cache --out runs/stage1
     llama3v encode --data conversations.json --vision runs/stage1 --max-tiles 6 --cache /nvme/cache
-    torchrun --nproc-per-node 8 -m llama3v sft --recipe llama3_8b \\
-        --data conversations.json --model runs/stage1 --cache /nvme/cache --out runs/stage2
+    llama3v sft --recipe llama3_8b --data conversations.json --model runs/stage1 --cache /nvme/cache --out runs/stage2
+
+Training runs in one process on one GPU as yet. Stage 1 fits there; stage 2 trains all weights, which needs about 130 GB and
+therefore the several GPUs that cannot be used together so far. `--dry-run` says what a machine would need.
 
 Data: LLaVA-Pretrain (558k) or the like for captions, one overview tile each; LLaVA-1.5's 665k, with documents and charts
 added, or the like for conversations, up to six slices and an overview each.
@@ -18,8 +19,8 @@ Score: not measured.
 
 Batches and the second learning rate are those of the LLaVA-1.5 and Open-LLaVA-NeXT-Llama3 recipes: 256 samples a step, then
 2e-5 and 128 samples, both with a cosine after 3% of warm-up and no weight decay. The first rate is a tenth of theirs (1e-3),
-since this projector's last matrix starts with far smaller weights than their MLP (docs/training.md); not tried at this size. A row of 4,096 tokens holds about
-29 captions or 5 conversations.
+since this projector's last matrix starts with far smaller weights than their MLP (docs/training.md); not tried at this size.
+A row of 4,096 tokens holds about 29 captions or 5 conversations.
 """
 
 from typing import Any

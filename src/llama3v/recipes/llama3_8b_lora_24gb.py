@@ -12,6 +12,9 @@ Hardware: one GPU of 24 GB (RTX 4090, RTX 3090, L4, A10), 24 GB of memory, and a
         --out runs/stage2
     llama3v merge runs/stage2 --out merged
 
+Stage 2 does not fit 24 GB as yet: by `--dry-run` its activations need about 40 GB in all, and only recomputing them, which
+is not built, would bring that down. Until then take a GPU of 48 GB, or shorter `--row-tokens`.
+
 Expected, by arithmetic (plan/flops.py) and not measured, on an RTX 4090 (165 TFLOP/s dense in bf16, at 40%) with activation
 recompute: stage 1, 600k captions: 17 hours; stage 2, 1M conversations of up to seven tiles: 156 hours; $70 at $0.40 an
 hour. A first run on a tenth of the data (`--limit`) takes under a day and $7. Encoding takes 20 hours more for all of it.
