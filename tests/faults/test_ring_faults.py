@@ -267,12 +267,14 @@ def test_another_training_may_take_over_a_ring_whose_training_was_killed(ring: R
     first = replace(ring.training, out=ring.training.out.with_name("first"), codec="int8")
     with ring.watched():
         encoder, trainer = ring.encode(), ring.start_training(first)
-        while trainer.is_alive() and not (first.out / "metrics.jsonl").exists():
+        metrics = first.out / "metrics.jsonl"
+        while trainer.is_alive() and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.01)
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.join()
         finish(ring.train(), ring)
         finish(encoder, ring)
+    assert len(list(ring.paths.directory.glob("*/manifest.json"))) == 2
     assert losses(ring.training.out) == losses(plain)
     assert ring.largest <= ring.bound + ring.one_shard()
     assert ring.used() == 0

@@ -188,7 +188,7 @@ class RingFeatures(FeatureSource):
     def _refuse_another_training(self) -> None:
         """Where there are locks, it could not begin."""
         self._position.refresh()
-        if self._position.start is not None and self._position.start.number != self._side.start:
+        if self._position.start is not None and self._position.start.number > self._side.start:
             raise CacheError(
                 f"another training has begun the ring {self._ring.name} ({self._ring.directory}), whose file system has no "
                 "locks to prevent it: give each training its own --ring, and run the same command to resume"
