@@ -17,6 +17,7 @@ LlmWeights = Literal["fp32", "bf16", "int8", "nf4"]
 Recipe = Literal["llama3_8b", "llama3_8b_lora_24gb", "smol"]
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
+Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
@@ -533,18 +534,29 @@ class CaptionConfig:
 class ExportConfig:
     """Write a trained model in a stock form that other programs load without this package.
 
-    Example:
+    Examples:
         llama3v export --model runs/quickstart --format hf --out exported
+        llama3v export --model runs/quickstart --format gguf --weights q8_0 --out exported-gguf
     """
 
     out: Path
     """Directory to write."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""
-    format: Literal["hf"] = "hf"
-    """hf: a directory for transformers (and what reads its layout)."""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf: a directory for transformers (and what reads its layout). gguf: a pair of files for llama.cpp and
+    Ollama."""
     form: Literal["idefics3", "smolvlm"] = "smolvlm"
-    """Which stock architecture: smolvlm keeps our prompt (framing tokens are configured empty); idefics3
+    """hf: which stock architecture. smolvlm keeps our prompt (framing tokens are configured empty); idefics3
     adds its own framing in its processor."""
+    weights: Annotated[Weights | None, arg(help_behavior_hint="")] = None
+    """gguf: type of the language model's matrices (default: as they lie on disk)."""
     check: Annotated[bool, arg()] = True
     """Compare features, logits and greedy tokens with this package's before the export is called done."""
+
+    def __post_init__(self) -> None:
+        _require(self.format == "gguf" or self.weights is None, f"--weights has no meaning for --format {self.format}")
+        _require(
+            self.format == "hf" or self.form == "smolvlm",
+            f"--form has no meaning for --format {self.format}",
+        )

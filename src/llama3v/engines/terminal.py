@@ -29,12 +29,18 @@ def messages() -> Console:
 
 
 def open_engine(model: str, *, quiet: bool = False) -> Engine:
-    """The engine of a model directory or hub name, with a note on the terminal while it loads. Raises CheckpointError.
+    """The engine of a model directory, GGUF pair or hub name, with a note on the terminal while it loads.
+
+    Raises CheckpointError, and ConfigError where a GGUF pair needs an extra.
 
     Args:
         quiet: without the note, for who has a progress bar there already.
     """
     with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
+        if (Path(model) / "model.gguf").is_file():
+            from llama3v.engines.llamacpp import LlamaCppEngine
+
+            return LlamaCppEngine(model)
         from llama3v.engines.torch import TorchEngine  # slow to import
 
         return TorchEngine(model)

@@ -20,7 +20,7 @@ from llama3v.model.prompt import IMAGE_TOKEN, Renderer
 from llama3v.model.vision import SiglipTower
 
 # Tokens that a form's processor adds by itself: they are reserved, so that loading it changes no id and no size.
-_FRAMING_TOKENS = {
+FRAMING_TOKENS = {
     "smolvlm": (),
     "idefics3": ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
 }
@@ -47,8 +47,8 @@ def write_stock(
     tower = foldable_tower(model)
     config = model.config
     renderer = Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id)
-    new_tokens = (IMAGE_TOKEN, *_FRAMING_TOKENS[form])
-    _write_tokenizer(tokenizer, config, new_tokens, renderer, directory)
+    new_tokens = (IMAGE_TOKEN, *FRAMING_TOKENS[form])
+    write_tokenizer(tokenizer, config, new_tokens, renderer, directory)
     _write_json(directory / "config.json", _stock_config(config, tokenizer, renderer, form, dtype))
     _write_json(directory / "generation_config.json", _generation_config(tokenizer, renderer))
     processor = _processor_config(tower, model.tokens_per_tile, form)
@@ -96,7 +96,7 @@ def _write_weights(
     return len(folded), sum(tensor.nbytes for tensor in folded.values())
 
 
-def _write_tokenizer(
+def write_tokenizer(
     tokenizer: Any, config: Any, new_tokens: tuple[str, ...], renderer: Renderer, directory: Path
 ) -> None:
     """tokenizer.json and tokenizer_config.json, with `new_tokens` at image_token_id and the ids after it."""
@@ -160,7 +160,7 @@ def _framing(new_tokens: tuple[str, ...]) -> dict[str, str]:
 
 
 def _stock_config(config: Any, tokenizer: Any, renderer: Renderer, form: str, dtype: str) -> dict[str, Any]:
-    content = fold_config(config, form=form, new_tokens=1 + len(_FRAMING_TOKENS[form]), dtype=dtype)
+    content = fold_config(config, form=form, new_tokens=1 + len(FRAMING_TOKENS[form]), dtype=dtype)
     ids = _special_ids(tokenizer, renderer)
     content["text_config"] |= ids
     return content | {key: value for key, value in ids.items() if key != "bos_token_id"}

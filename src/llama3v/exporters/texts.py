@@ -1,5 +1,9 @@
 """The two texts of a stock directory: the chat template and the README."""
 
+from collections.abc import Sequence
+
+from llama3v.model.prompt import Turn
+
 # format -> what stands at the begin of a prompt, before a role, after a role, and at the end of a turn. The same as
 # model/prompt.py writes; tests/parity/test_fold.py and the export's own check compare the ids of both.
 _PIECES = {
@@ -52,6 +56,13 @@ def chat_template(prompt_format: str) -> str:
         .replace("AFTER_ROLE", after_role)
         .replace("END_OF_TURN", end_of_turn)
     )
+
+
+def as_text(prompt_format: str, turns: Sequence[Turn]) -> str:
+    """Turns without images as `chat_template` writes them, up to the answer."""
+    begin, before_role, after_role, end_of_turn = (piece.replace(r"\n", "\n") for piece in _PIECES[prompt_format])
+    written = [f"{before_role}{turn.role}{after_role}{turn.text.strip()}{end_of_turn}" for turn in turns]
+    return begin + "".join(written) + before_role + "assistant" + after_role
 
 
 _README = """\

@@ -198,6 +198,10 @@ class Renderer:
             self._header(out, "assistant")
         return out
 
+    def name_of(self, control: int) -> str:
+        """How the tokenizer writes a token, such as one of `stop_ids`."""
+        return str(self._plain.id_to_token(control))
+
     def length(self, turns: Sequence[Turn], grids: Sequence["Grid"] = ()) -> int:
         """Tokens of the rendered conversation, visual tokens included."""
         return len(self.render(turns, grids).ids)

@@ -1,0 +1,295 @@
+"""A GGUF pair: llama.cpp computes from it what this package computes, by stock code and through our engine."""
+
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llama3v.config import AskConfig, ExportConfig
+from llama3v.engines import llama_api
+from llama3v.engines.base import ImageFeatures
+from llama3v.engines.torch import TorchEngine
+from llama3v.engines.verbs import ask
+from llama3v.errors import CheckpointError, ConfigError, PromptError
+from llama3v.exporters.gguf import _rope_factors
+from llama3v.exporters.quantise import type_of
+from llama3v.exporters.verbs import export
+from llama3v.model.llama3v import build_model, save_model
+from llama3v.model.prompt import Turn
+
+gguf = pytest.importorskip("gguf", reason="needs the extra llama3v[gguf]")
+pytest.importorskip("xllamacpp", reason="needs the extra llama3v[llamacpp]")
+pytestmark = pytest.mark.timeout(900)  # each export starts a process: minutes on a busy machine
+
+ASSETS = Path(llama_api.__file__).parents[1] / "assets"
+
+
+def make(directory: Path, r: int) -> Path:
+    """A model of the embedded weights whose projector differs from its start in every number."""
+    vision, llm = (str(ASSETS / name) for name in ("siglip-scenes", "llama-scenes"))
+    model, tokenizer = build_model(vision, llm, cut=2, scale_factor=r, max_tiles=4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.projector.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    save_model(model, tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("gguf") / "model", 3)
+
+
+@pytest.fixture(scope="module")
+def exported(model_dir: Path) -> tuple[Path, dict]:
+    out = model_dir.with_name("f32")
+    return out, export(ExportConfig(out=out, model=str(model_dir), format="gguf"))
+
+
+@pytest.fixture(scope="module")
+def engines(model_dir: Path, exported):
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    engine = LlamaCppEngine(exported[0], kv="f32", tower="torch")
+    yield TorchEngine(model_dir, device="cpu"), engine
+    engine.llm.close()
+
+
+def picture(seed: int, size: tuple[int, int] = (150, 100)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size)
+
+
+def test_stock_llama_cpp_gives_our_visual_tokens_logits_and_greedy_tokens(exported) -> None:
+    check = exported[1]["check"]
+    assert check["visual_tokens"] < 5e-3
+    assert check["logits"] < 1e-2
+    assert check["greedy_equal"] == len(check["cases"]) == 3
+    assert not check["tokenizer_gives_our_ids"]  # GPT-2's pattern cuts the line breaks after a header apart ...
+    assert any("stock programs" in warning for warning in exported[1]["warnings"])  # ... and the user is told
+    assert (exported[1]["weights"], exported[1]["form"]) == ("f32", "idefics3")
+
+
+CONVERSATIONS = {
+    "text": ([Turn("user", "What is on the table?")], []),
+    "one tile": ([Turn("user", "What is it?", (0,))], [picture(1, (60, 60))]),
+    "slices": ([Turn("system", "Be brief."), Turn("user", "Count them.", (0,))], [picture(2)]),
+    "two images": (
+        [Turn("user", "What?", (0,)), Turn("assistant", "A star."), Turn("user", "And here?", (1,))],
+        [picture(2), picture(3, (72, 150))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_engine_answers_token_for_token_as_torch_does(engines, name: str) -> None:
+    turns, images = CONVERSATIONS[name]
+    expected, found = (list(engine.stream(turns, images, max_new_tokens=24)) for engine in engines)
+    assert found == expected
+    assert any(found)
+
+
+def test_streams_that_take_turns_do_not_disturb_one_another(engines) -> None:
+    _, engine = engines
+    questions = [CONVERSATIONS[name] for name in ("slices", "one tile")]
+    alone = engine.answer_batch(questions, max_new_tokens=12)
+    streams = [engine.stream(turns, images, max_new_tokens=12) for turns, images in questions]
+    together = ["", ""]
+    running = {0, 1}
+    while running:
+        for number in sorted(running):
+            piece = next(streams[number], None)
+            if piece is None:
+                running.remove(number)
+            else:
+                together[number] += piece
+    assert together == alone
+
+
+def test_a_second_question_reads_neither_the_image_nor_its_prompt_again(engines, monkeypatch) -> None:
+    _, engine = engines
+    image = picture(7)
+    engine.answer([Turn("user", "What is it?", (0,))], [image], max_new_tokens=2)
+    read = []
+    original = engine.llm.read
+    monkeypatch.setattr(engine.llm, "read", lambda position, new: read.append(new) or original(position, new))
+    monkeypatch.setattr(engine.vision, "encode", lambda _: pytest.fail("the tower ran again"))
+    engine.answer([Turn("user", "How many?", (0,))], [image], max_new_tokens=2)
+    assert not any(isinstance(new, np.ndarray) for new in read)
+
+
+def test_features_of_the_cache_give_the_answer_that_the_image_gives(engines) -> None:
+    ours, engine = engines
+    image = picture(4)
+    turns = [Turn("user", "What is it?", (0,))]
+    seen = ours.features_of(image)
+    assert engine.answer(turns, [seen], max_new_tokens=12) == engine.answer(turns, [image], max_new_tokens=12)
+    with pytest.raises(PromptError, match="use the cache that was made for this model"):
+        engine.answer(turns, [ImageFeatures(seen.features[:, :-1], seen.grid)], max_new_tokens=2)
+
+
+def test_a_prompt_over_the_context_is_refused_before_any_output(exported, engines) -> None:
+    with pytest.raises(PromptError, match="the context"):
+        engines[1].stream([Turn("user", "What?")], max_new_tokens=engines[1].context_tokens)
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_a_smaller_kv_cache_still_answers(exported, kv: str) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    engine = LlamaCppEngine(exported[0], kv=kv, tower="torch", context_tokens=256)
+    turns, images = CONVERSATIONS["slices"]
+    assert engine.answer(turns, images, max_new_tokens=8)
+    assert engine.context_tokens == 256
+    engine.llm.close()
+
+
+def test_ask_runs_a_pair_by_its_directory(exported, tmp_path: Path, capsys) -> None:
+    picture(1).save(tmp_path / "photo.png")
+    question = (str(tmp_path / "photo.png"), "What is it?")
+    summary = ask(AskConfig(inputs=question, model=str(exported[0]), max_new_tokens=8))
+    assert capsys.readouterr().out.strip() == summary["answer"].strip() != ""
+
+
+@pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_k_m"])
+def test_rounded_weights_stay_close_and_are_smaller(model_dir: Path, exported, tmp_path: Path, weights: str) -> None:
+    summary = export(ExportConfig(out=tmp_path / "out", model=str(model_dir), format="gguf", weights=weights))
+    assert summary["bytes"] < 0.75 * exported[1]["bytes"]
+    assert 0 < summary["check"]["logits"] < {"f16": 0.1, "q8_0": 0.5, "q4_k_m": 1.0}[weights]
+
+
+def test_all_729_tokens_go_through_the_janus_form(tmp_path: Path) -> None:
+    summary = export(ExportConfig(out=tmp_path / "out", model=str(make(tmp_path / "model", 1)), format="gguf"))
+    assert summary["form"] == "janus_pro"
+    assert summary["check"]["visual_tokens"] < 1e-2
+    assert summary["check"]["greedy_equal"] == 3
+
+
+def test_the_mixture_of_four_bits_follows_llama_cpp(tmp_path: Path) -> None:
+    def kind(name: str, shape=(64, 4096), tied: bool = False) -> str:
+        return type_of("q4_k_m", name, shape, layers=32, tied=tied)
+
+    assert kind("output.weight") == "Q6_K"
+    assert kind("token_embd.weight") == "Q4_K"
+    assert kind("token_embd.weight", tied=True) == "Q6_K"
+    assert [kind(f"blk.{n}.ffn_down.weight") for n in (0, 4, 6, 31)] == ["Q6_K", "Q4_K", "Q6_K", "Q6_K"]
+    assert kind("blk.0.attn_q.weight") == "Q4_K"
+    assert kind("blk.0.attn_norm.weight", (4096,)) == "F32"
+    assert kind("blk.4.attn_q.weight", (64, 576)) == "Q5_0"
+    assert kind("blk.4.attn_q.weight", (64, 30)) == "F16"
+
+
+def test_rope_factors_are_those_of_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    factors = _rope_factors(config)
+    torch.testing.assert_close(torch.from_numpy(factors).double(), plain / scaled.double(), rtol=1e-5, atol=0)
+    assert factors.min() == 1
+    assert factors.max() == 8
+
+
+def damaged(source: Path, folder: Path, name: str, content: bytes | None) -> Path:
+    shutil.copytree(source, folder)
+    (folder / name).write_bytes(content) if content is not None else (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "reason"),
+    [
+        ("model.gguf", 0.6, "damaged"),
+        ("mmproj.gguf", 0.6, "cut short"),
+        ("model.gguf", 0, "not a GGUF file"),
+        ("mmproj.gguf", None, "no GGUF file"),
+        ("tokenizer.json", None, "no tokenizer.json"),
+    ],
+)
+def test_a_damaged_or_absent_file_is_one_line(exported, tmp_path: Path, name: str, keep, reason: str) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    data = (exported[0] / name).read_bytes()
+    content = None if keep is None else data[: int(len(data) * keep)] or b"PK\3\4 a zip"
+    folder = damaged(exported[0], tmp_path / "pair", name, content)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        LlamaCppEngine(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_halves_in_each_others_place_are_refused(exported, tmp_path: Path) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    vision = damaged(exported[0], tmp_path / "a", "mmproj.gguf", (exported[0] / "model.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match=r"no mmproj\.gguf of this package"):
+        LlamaCppEngine(vision)
+    llm = damaged(exported[0], tmp_path / "b", "model.gguf", (exported[0] / "mmproj.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match="no language model"):
+        LlamaCppEngine(llm)
+
+
+def test_a_missing_extra_is_named_before_a_model_is_loaded(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"llama3v\[llamacpp\]"):
+        export(ExportConfig(out=tmp_path / "out", model=str(model_dir), format="gguf"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow  # a server process, which loads the library and the model: more than 20 seconds on a busy machine
+def test_the_stock_server_answers_about_a_picture(exported) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "import sys, time, xllamacpp as x\n"
+        "p = x.CommonParams()\n"
+        f"p.model.path = {str(exported[0] / 'model.gguf')!r}\n"
+        f"p.mmproj.path = {str(exported[0] / 'mmproj.gguf')!r}\n"
+        f"p.hostname, p.port, p.n_ctx, p.n_parallel = '127.0.0.1', {port}, 1024, 1\n"
+        "server = x.Server(p)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        buffer = io.BytesIO()
+        picture(1, (72, 72)).save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0}
+        answer = _post(f"http://127.0.0.1:{port}/v1/chat/completions", body, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["usage"]["prompt_tokens"] > 4
+
+
+def _post(url: str, body: dict, process: subprocess.Popen) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            pytest.fail(error.read().decode())
+        except OSError:
+            assert process.poll() is None, process.stdout.read().decode()[-2000:]
+            time.sleep(1)
+    pytest.fail("the server does not answer")
+    return {}
