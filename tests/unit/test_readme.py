@@ -77,7 +77,7 @@ def test_options_named_in_the_documents_exist() -> None:
         for name in vars(options)["__dataclass_fields__"]
     }
     known |= {"--help", "--version", "--no-check"}
-    foreign = {"--check", "--json", "--parts", "--shape"}  # of ruff format and of the benchmarks
+    foreign = {"--check", "--json", "--mmproj", "--parts", "--shape"}  # of ruff format, llama.cpp and the benchmarks
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
         assert named <= known | foreign, f"{document.name} names options that do not exist: {named - known - foreign}"
