@@ -261,7 +261,7 @@ def test_the_stock_server_answers_about_a_picture(exported) -> None:
         "p = x.CommonParams()\n"
         f"p.model.path = {str(exported[0] / 'model.gguf')!r}\n"
         f"p.mmproj.path = {str(exported[0] / 'mmproj.gguf')!r}\n"
-        f"p.hostname, p.port, p.n_ctx, p.n_parallel = '127.0.0.1', {port}, 1024, 1\n"
+        f"p.hostnames, p.port, p.n_ctx, p.n_parallel = ['127.0.0.1'], {port}, 1024, 1\n"
         "server = x.Server(p)\n"
         "time.sleep(600)\n"
     )
