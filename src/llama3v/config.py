@@ -18,6 +18,7 @@ Recipe = Literal["llama3_8b", "llama3_8b_lora_24gb", "smol"]
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
 Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
+Parallel = Literal["auto", "ddp", "fsdp"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
@@ -275,9 +276,9 @@ class TrainConfig:
     row_tokens: int = 2048
     """Tokens in a packed row (visual and text). A longer sample goes to the ledger; none is cut short."""
     rows_per_step: int = 8
-    """Packed rows in one optimizer step (the global batch)."""
+    """Packed rows in one optimizer step (the global batch, of all processes)."""
     rows_per_pass: int = 8
-    """Packed rows in one forward and backward pass; fewer need less memory and change nothing else."""
+    """Packed rows in one forward and backward pass of a process; fewer need less memory and change nothing else."""
     learning_rate: float = 1e-4
     """Peak learning rate of the projector (and of the vision top under `seed`)."""
     warmup: float = 0.03
@@ -286,6 +287,14 @@ class TrainConfig:
     """AdamW weight decay of matrices."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    parallel: Parallel = "auto"
+    """How several processes (torchrun) share the model. ddp: each has all of it. fsdp: each has a part of every
+    tensor. auto: fsdp where the LLM's own weights train, else ddp."""
+    rank_timeout: float = 600.0
+    """Seconds without an answer after which another process counts as dead or hung, and the run stops."""
+    activation_checkpointing: Annotated[bool, FlagCreatePairsOff] = False
+    """Compute the LLM's activations again in the backward pass instead of keeping them: less memory, about a
+    third more time."""
     precision: Precision = "fp32"
     """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
     llm_weights: LlmWeights = "fp32"
@@ -338,6 +347,7 @@ class TrainConfig:
             self.rows_per_step >= 1 and self.rows_per_pass >= 1,
             "--rows-per-step and --rows-per-pass start at 1",
         )
+        _require(self.rank_timeout > 0, f"--rank-timeout is {self.rank_timeout}; give more than 0 seconds")
         _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
         _require(
             self.min_score is None or 0 <= self.min_score <= 1,

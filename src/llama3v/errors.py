@@ -30,3 +30,7 @@ class CheckpointError(Llama3VError):
 
 class PromptError(Llama3VError):
     """Turns, images or lengths that cannot be rendered as one prompt."""
+
+
+class RankError(Llama3VError):
+    """Another process of a run that several processes share is lost, stopped, or does not fit to this one."""

@@ -14,7 +14,7 @@ from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
 from llama3v.errors import CacheError, CheckpointError, ConfigError, DataError, Llama3VError
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.model.llama3v import build_model, load_model
-from llama3v.train import loop, run
+from llama3v.train import run, step
 from llama3v.train.meter import Meter
 from llama3v.train.signals import StopRequest
 
@@ -300,7 +300,7 @@ def test_samples_that_cannot_be_used_are_left_out_with_a_reason(tmp_path, stage1
 
 
 def test_loss_that_stays_not_finite_stops_the_run(tmp_path, monkeypatch, stage1_options):
-    monkeypatch.setattr(loop, "supervised_loss", lambda hidden, *rest: hidden.sum() * float("nan"))
+    monkeypatch.setattr(step, "supervised_loss", lambda hidden, *rest: hidden.sum() * float("nan"))
     with pytest.raises(ConfigError, match=r"not finite in 5 steps in a row \(1 to 5 of 12\)"):
         run.pretrain(PretrainConfig(out=tmp_path / "out", **stage1_options), console=quiet())
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -314,8 +314,8 @@ def test_single_bad_steps_are_counted_and_skipped(tmp_path, monkeypatch, stage1_
         calls.append(None)
         return real(*arguments) * (float("nan") if len(calls) in (3, 9) else 1.0)
 
-    real = loop.supervised_loss
-    monkeypatch.setattr(loop, "supervised_loss", poisoned)
+    real = step.supervised_loss
+    monkeypatch.setattr(step, "supervised_loss", poisoned)
     summary = run.pretrain(PretrainConfig(out=tmp_path / "out", **stage1_options), console=quiet())
     assert summary["skipped_steps"] == 2
     assert summary["steps"] == 12

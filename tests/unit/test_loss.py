@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from llama3v.train import loss as loss_module
 from llama3v.train.batches import Batch, attention_mask
-from llama3v.train.loop import head_of, hidden_states, learning_rate_factor, train_step
+from llama3v.train.loop import learning_rate_factor
 from llama3v.train.loss import losses_of, supervised_loss
+from llama3v.train.parallel.placement import Placement
+from llama3v.train.step import head_of, hidden_states, train_step
 
 SAMPLES = ((7, 1), (12, 2), (5, 0))  # tokens, tiles
 
@@ -177,7 +179,7 @@ def test_accumulation_gives_equal_gradients(model, passes):
         size = len(rows) // passes
         batches = [make_batch(rows[first : first + size], length=16) for first in range(0, len(rows), size)]
         optimizer = _KeepGradients(trained)
-        loss, norm = train_step(model, optimizer, with_total(*batches), trained, clip_norm=1e9)
+        loss, norm = train_step(Placement(model), optimizer, with_total(*batches), trained, clip_norm=1e9)
         return loss, norm, optimizer.gradients
 
     once, split = gradients(1), gradients(passes)
@@ -194,7 +196,7 @@ def test_a_pass_without_images_trains_nothing_where_only_the_projector_trains(mo
     before = [p.clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     passes = with_total(make_batch([[make_samples(model)[2]]], 8))
-    loss, norm = train_step(model, optimizer, passes, trained, clip_norm=1)
+    loss, norm = train_step(Placement(model), optimizer, passes, trained, clip_norm=1)
     assert loss > 0
     assert norm == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
@@ -209,7 +211,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model):
 
     trained[0].register_hook(lambda gradient: gradient * float("nan"))
     passes = with_total(make_batch([make_samples(model)], 24))
-    _, norm = train_step(model, optimizer, passes, trained, clip_norm=1)
+    _, norm = train_step(Placement(model), optimizer, passes, trained, clip_norm=1)
     assert norm != norm
     assert not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))

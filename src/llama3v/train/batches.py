@@ -77,26 +77,40 @@ class Pass:
 class RowPlan:
     """Which rows each step takes: a pure function of (seed, step). The epochs' rows follow one another without a gap.
 
+    With several ranks, each takes its share of a step's rows; which rows the step has does not depend on their number.
     Safe to use from threads.
 
     Args:
         lengths: tokens of every sample.
         row_tokens: length of a row.
-        rows_per_step: rows of a step, in passes of `rows_per_pass` (the last one of a step may have fewer).
+        rows_per_step: rows of a step, on all ranks. Their number must divide it (parallel/placement.py sees to it).
+        rows_per_pass: rows of a pass on each rank (the last pass of a step may have fewer).
+        rank, ranks: this rank's number, and how many there are.
     """
 
     def __init__(
-        self, lengths: Sequence[int], row_tokens: int, rows_per_step: int, rows_per_pass: int, seed: int
+        self,
+        lengths: Sequence[int],
+        row_tokens: int,
+        rows_per_step: int,
+        rows_per_pass: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        assert rows_per_step % ranks == 0, f"{rows_per_step} rows cannot be shared out evenly among {ranks}"
         self._lengths, self._row_tokens, self._seed = list(lengths), row_tokens, seed
-        self.rows_per_step, self.rows_per_pass = rows_per_step, min(rows_per_pass, rows_per_step)
+        self._rank, self._ranks = rank, ranks
+        self.rows_per_step, self.rows_per_pass = rows_per_step, min(rows_per_pass, rows_per_step // ranks)
         self._lock = threading.RLock()
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends: list[int] = []  # rows up to the end of each epoch that has been packed so far
 
     @property
     def passes_per_step(self) -> int:
-        return -(-self.rows_per_step // self.rows_per_pass)
+        """The same on every rank."""
+        return -(-self.rows_per_step // self._ranks // self.rows_per_pass)
 
     def epoch(self, number: int) -> list[list[int]]:
         """The rows of one pass over the data; the two that were packed last are kept."""
@@ -126,6 +140,10 @@ class RowPlan:
             epoch, first = epoch + 1, 0
         return rows
 
+    def share(self, rows: list[list[int]]) -> list[list[int]]:
+        """Of a step's rows, those of this rank: every `ranks`-th, so that ranks have equal shares of an epoch."""
+        return rows[self._rank :: self._ranks]
+
     def epochs_in(self, steps: int) -> float:
         """Passes over the data that a number of steps makes."""
         epoch, row = self.locate(steps)
@@ -141,10 +159,10 @@ class RowPlan:
 
 
 def make_pass(number: int, plan: RowPlan, data: PreparedData, source: FeatureSource, image_token_id: int) -> Pass:
-    """The pass of that number, counted over all steps from 0. Arguments as of `assemble`."""
+    """This rank's pass of that number, counted over all steps from 0. Arguments as of `assemble`."""
     step, part = divmod(number, plan.passes_per_step)
     rows = plan.rows(step)
-    some = rows[part * plan.rows_per_pass : (part + 1) * plan.rows_per_pass]
+    some = plan.share(rows)[part * plan.rows_per_pass : (part + 1) * plan.rows_per_pass]
     return Pass(
         epoch=plan.locate(step)[0],
         supervised_of_step=sum(int(data.labels[sample]) for row in rows for sample in row),

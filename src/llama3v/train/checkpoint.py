@@ -4,7 +4,8 @@
       step-00000200/
         weights.safetensors      the parameters that train, fp32
         optimizer.safetensors    "<parameter>|<state>" -> moment
-        state.json               where the run stands, what it depends on, digests of the two files and of itself
+        tensors/                 instead of the two where ranks share the model (parallel/sharded.py)
+        state.json               where the run stands, what it depends on, digests of the files and of itself
       LATEST                     name of the newest complete checkpoint
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a directory with its final name is
@@ -23,18 +24,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama3v.errors import CheckpointError
 from llama3v.feature_cache.commit import crash_point
+from llama3v.train.parallel.ranks import Ranks
+from llama3v.train.parallel.sharded import read_sharded, write_sharded
+from llama3v.train.saved_tensors import (
+    OPTIMIZER,
+    WEIGHTS,
+    flush,
+    is_sharded,
+    read_whole,
+    restore_optimizer,
+    restore_weights,
+    write_whole,
+)
 
-WEIGHTS, OPTIMIZER, STATE, LATEST = "weights.safetensors", "optimizer.safetensors", "state.json", "LATEST"
+STATE, LATEST = "state.json", "LATEST"
 FORMAT = 1
 CRASH_POINTS = (
     "checkpoint-begun",
     f"checkpoint-{WEIGHTS}",
-    f"checkpoint-{OPTIMIZER}",
+    f"checkpoint-{OPTIMIZER}",  # "checkpoint-tensors" where they are sharded
     "checkpoint-written",
     "checkpoint-renamed",
     "checkpoint-latest",
@@ -45,12 +57,28 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A checkpoint that was verified."""
 
     directory: Path
     state: dict[str, Any]
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+
+    def restore(
+        self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
+    ) -> None:
+        """Give what trains, and its optimizer, the tensors of the checkpoint. All ranks call it.
+
+        Args:
+            parameters: what trains, by name, on whatever device and sharded or not.
+        """
+        try:
+            if self.state["sharded"]:
+                weights, moments = read_sharded(self.directory, parameters, ranks or Ranks())
+            else:
+                weights, moments = read_whole(self.directory)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {self.directory} cannot be read ({error})") from error
+        restore_weights(parameters, weights)
+        restore_optimizer(optimizer, moments)
 
 
 class Checkpoints:
@@ -59,11 +87,16 @@ class Checkpoints:
     Args:
         directory: where they lie; made on the first save.
         keep: newest ones that stay.
+        readers: the ranks that call `load`, in step.
+        writers: those that call `save`, in step, and from one thread each: all of them where the tensors are sharded.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(
+        self, directory: Path, keep: int = 2, *, readers: Ranks | None = None, writers: Ranks | None = None
+    ) -> None:
         self.directory = directory
         self.keep = keep
+        self.readers, self.writers = readers or Ranks(), writers or Ranks()
 
     def save(
         self, step: int, state: Mapping[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
@@ -76,13 +109,13 @@ class Checkpoints:
         final = self.directory / f"step-{step:08d}"
         temporary = self.directory / f".writing-{final.name}"
         try:
-            self._write(temporary, final, state, weights, optimizer)
-            self._point_latest_to(final)
+            self.writers.on_main(lambda: self._begin(temporary))
+            files, sharded = self._write_tensors(temporary, weights, optimizer)
+            content = {**state, "format": FORMAT, "sharded": sharded, "files": files}
+            self.writers.on_main(lambda: self._commit(temporary, final, content))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._cannot_write(error, final, weights, optimizer) from error
-        crash_point("checkpoint-latest")
-        self._remove_old()
         return final
 
     def load(self, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -93,26 +126,36 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, but every one is damaged.
         """
-        candidates = self._candidates()
         damaged = []
-        for directory in candidates:
-            try:
-                checkpoint = read_checkpoint(directory)
-            except CheckpointError as error:
+        for directory in self.readers.on_main(self._candidates):
+            found = self._damage(directory)
+            if found is not None:
                 damaged.append(directory)
-                say(f"{error}; trying the checkpoint before it")
+                say(f"{found}; trying the checkpoint before it")
                 continue
-            for bad in damaged:
-                self._set_aside(bad)
             if damaged:
-                self._point_latest_to(directory)
-            return checkpoint
+                self.readers.on_main(lambda directory=directory: self._fall_back(damaged, directory))  # type: ignore[misc]
+            return Checkpoint(directory, read_state(directory))
         if damaged:
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged ({', '.join(d.name for d in damaged)}); "
                 "restore one from a backup, or remove the directory to train from the start"
             )
         return None
+
+    def _damage(self, directory: Path) -> str | None:
+        """What is wrong with a checkpoint, as any of the ranks found it; each reads some of the files."""
+        found = None
+        try:
+            verify(directory, self.readers.number, self.readers.count)
+        except CheckpointError as error:
+            found = str(error)
+        return next((text for text in self.readers.gather(found) if text is not None), None)
+
+    def _fall_back(self, damaged: list[Path], directory: Path) -> None:
+        for bad in damaged:
+            self._set_aside(bad)
+        self._point_latest_to(directory)
 
     def _candidates(self) -> list[Path]:
         """The one that LATEST names, then the others from new to old."""
@@ -125,35 +168,38 @@ class Checkpoints:
             found.insert(0, latest)
         return found
 
-    def _write(
-        self,
-        temporary: Path,
-        final: Path,
-        state: Mapping[str, Any],
-        weights: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-    ) -> None:
+    def _begin(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(".writing-*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
         crash_point("checkpoint-begun")
-        digests = {}
-        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            save_file({key: _plain(tensor) for key, tensor in tensors.items()}, temporary / name)
-            _flush(temporary / name)
-            digests[name] = file_digest(temporary / name)
-            crash_point(f"checkpoint-{name}")
-        content = {**state, "format": FORMAT, "files": digests}
+
+    def _write_tensors(
+        self, temporary: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
+    ) -> tuple[dict[str, str], bool]:
+        """Returns the digests of all files, and whether they are sharded."""
+        sharded = any(is_sharded(tensor) for tensor in weights.values())
+        if sharded:
+            names = write_sharded(temporary, weights, optimizer, self.writers)
+        else:
+            names = write_whole(temporary, weights, optimizer)
+        digests = self.writers.gather({name: file_digest(temporary / name) for name in names})
+        return {name: digest for part in digests for name, digest in part.items()}, sharded
+
+    def _commit(self, temporary: Path, final: Path, content: dict[str, Any]) -> None:
         content["digest"] = _digest_of(content)
         write_durably(temporary / STATE, json.dumps(content, indent=1))
-        _flush(temporary)
+        flush(temporary)
         crash_point("checkpoint-written")
         if final.exists():
             self._set_aside(final)
         temporary.rename(final)
         crash_point("checkpoint-renamed")
-        _flush(self.directory)
+        flush(self.directory)
+        self._point_latest_to(final)
+        crash_point("checkpoint-latest")
+        self._remove_old()
 
     def _point_latest_to(self, directory: Path) -> None:
         replace_durably(self.directory / LATEST, directory.name + "\n")
@@ -202,8 +248,8 @@ def _means_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in _NO_SPACE or any(os.strerror(code) in str(error) for code in _NO_SPACE)
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read and verify one checkpoint directory. Raises CheckpointError where a byte differs or a file lacks."""
+def read_state(directory: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, verified. Raises CheckpointError."""
     try:
         state = json.loads((directory / STATE).read_text())
         if not isinstance(state, dict) or state.pop("digest", None) != _digest_of(state):
@@ -212,54 +258,21 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             raise CheckpointError(
                 f"checkpoint {directory}: its format is {state['format']}, this program reads {FORMAT}"
             )
-        for name, expected in state["files"].items():
-            if (found := file_digest(directory / name)) != expected:
-                raise CheckpointError(f"checkpoint {directory}: {name} has digest {found}, expected {expected}")
-        weights, optimizer = load_file(directory / WEIGHTS), load_file(directory / OPTIMIZER)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read ({error})") from error
-    return Checkpoint(directory, state, weights, optimizer)
+    return {"sharded": False, **state}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments by name of the parameter; the groups must carry `names` (see stages.apply)."""
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}|{key}"] = value
-    return tensors
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put moments written by `optimizer_tensors` back."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition("|")
-        by_name.setdefault(name, {})[key] = value
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            # AdamW keeps its step counter on the CPU unless it is fused or capturable on a GPU
-            optimizer.state[parameter] = {
-                key: value if key == "step" and not group.get("fused") else value.to(parameter.device)
-                for key, value in by_name.pop(name, {}).items()
-            }
-            if not optimizer.state[parameter]:
-                del optimizer.state[parameter]
-    if by_name:
-        raise CheckpointError(f"the checkpoint has optimizer state of {next(iter(by_name))}, which does not train here")
-
-
-def restore_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Copy the trained weights into the model's parameters of the same names."""
-    if parameters.keys() != weights.keys():
-        other = sorted(parameters.keys() ^ weights.keys())
-        raise CheckpointError(
-            f"the checkpoint trained other parameters than this run, e.g. {other[0]}; use another --out"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """Read one checkpoint, or every `parts`-th of its files. Raises CheckpointError where a byte differs or a file lacks."""
+    files = sorted(read_state(directory)["files"].items())
+    for name, expected in files[part::parts]:
+        try:
+            found = file_digest(directory / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {directory} cannot be read ({error})") from error
+        if found != expected:
+            raise CheckpointError(f"checkpoint {directory}: {name} has digest {found}, expected {expected}")
 
 
 def file_digest(path: Path) -> str:
@@ -286,19 +299,7 @@ def replace_durably(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     write_durably(temporary, text)
     temporary.replace(path)
-    _flush(path.parent)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:

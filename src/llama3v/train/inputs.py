@@ -4,12 +4,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llama3v.config import EncodeConfig, PretrainConfig, TrainConfig
 from llama3v.data.sources.base import AddressableSource, open_source
+from llama3v.errors import RankError
 from llama3v.feature_cache.layout import CachePaths, fingerprint_of, manifest_of
 from llama3v.feature_cache.reader import CacheReader
 from llama3v.feature_cache.ring.files import RingPaths, TrainerSide
@@ -25,7 +28,7 @@ from llama3v.train.features.ring import RingFeatures, RingTask
 from llama3v.train.features.streamed import StreamedFeatures
 from llama3v.train.locations import locate_in
 from llama3v.train.pair_filter import PairFilter, open_filter
-from llama3v.train.prepared import PreparedData
+from llama3v.train.prepared import PreparedData, load_prepared
 from llama3v.train.resume import refuse_drift, tokenizer_digest
 from llama3v.train.validation import Validation
 
@@ -49,6 +52,8 @@ def open_inputs(
     source: FeatureSource,
     checkpoint: Checkpoint | None,
     encode_options: Sequence[str],
+    *,
+    prepared_already: bool = False,
 ) -> Inputs:
     """Prepare the data, or take what an earlier part of the run prepared.
 
@@ -56,34 +61,43 @@ def open_inputs(
         source: as `open_features` opened it.
         checkpoint: of the run that is continued: with other data it is refused.
         encode_options: with which `llama3v encode` runs this model's tower, for messages.
+        prepared_already: by rank 0, a moment ago.
 
     Raises what `open_source` and `prepare` do; CheckpointError.
     """
     training = _preparation(
         config, model, tokenizer, source, config.data, config.limit, encode_options, _open_filter(config, model, source)
     )
-    keep = checkpoint is not None
     if checkpoint is not None:  # before anything in `out` is touched
         before = checkpoint.state["identity"]["made_from"]
         refuse_drift({"made_from": before}, {"made_from": training.identity}, config.out)
-    prepared = [
-        (prepare(training, config.out / "prepared" / "training", config.out / "ledger.jsonl", keep=keep), training)
-    ]
+    take = _taken_from_main if prepared_already else partial(prepare, keep=checkpoint is not None)
+    prepared = [(take(training, config.out / "prepared" / "training", config.out / "ledger.jsonl"), training)]
     if config.validation is not None:
         held_out = _preparation(
             config, model, tokenizer, source, (config.validation,), config.validation_samples, encode_options
         )
         ledger = config.out / "ledger-validation.jsonl"
-        prepared.append((prepare(held_out, config.out / "prepared" / "validation", ledger, keep=keep), held_out))
+        prepared.append((take(held_out, config.out / "prepared" / "validation", ledger), held_out))
     if source.needs_files:
         source.open_files(
             locate_in([(data.locations, made.sources, made.names) for data, made in prepared if data.locations])
         )
     validation = None
     if config.validation is not None:
-        bf16 = config.precision == "bf16"
-        validation = Validation(prepared[1][0], source, config.row_tokens, config.rows_per_pass, bf16)
+        validation = Validation(prepared[1][0], source, config.row_tokens, config.rows_per_pass)
     return Inputs(prepared[0][0], validation)
+
+
+def _taken_from_main(preparation: Preparation, directory: Path, ledger: Path) -> PreparedData:
+    """What rank 0 has just prepared."""
+    found = load_prepared(directory, preparation.identity, with_locations=preparation.with_locations)
+    if found is None:
+        raise RankError(
+            f"process 0 prepared the data in {directory}, but it is not there for this one, or is other data; give all "
+            "machines the same data sets, and an --out on a file system that they share"
+        )
+    return found
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from llama3v.train.display import Display
 from llama3v.train.gemm import gemm_rate
 from llama3v.train.meter import Device, Meter, MetricsLog, Record, peak_memory, trim_metrics
 from llama3v.train.pace import Pace
+from llama3v.train.parallel.ranks import Ranks
 from llama3v.train.signals import StopRequest
 from llama3v.train.watch import Budget
 from llama3v.train.work import work_of
@@ -59,6 +60,7 @@ def open_instruments(
     checkpoint: Checkpoint | None,
     steps: int,
     begun: float,
+    ranks: Ranks,
 ) -> Instruments:
     """The instruments as they stood at the checkpoint; only the time that was spent after it stays spent.
 
@@ -68,18 +70,22 @@ def open_instruments(
     """
     state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "seconds": 0.0, "counts": {}}
     path = config.out / METRICS
-    spent = max(trim_metrics(path, state["step"]), state["seconds"])
-    device = _device(config, model)
+    spent = max(trim_metrics(path, state["step"]) if ranks.is_main else 0.0, state["seconds"])
+    device = _device(config, model, ranks)
     seconds = spent + perf_counter() - begun
     meter = Meter(steps, config.dollars_per_hour, seconds, state["counts"], device)
-    return Instruments(config, title, meter, MetricsLog(path), Pace(config.checkpoint_every, config.preemption_hours))
+    metrics = MetricsLog(path, writes=ranks.is_main)
+    pace = Pace(config.checkpoint_every, config.preemption_hours, agreed=ranks.of_main)
+    return Instruments(config, title, meter, metrics, pace)
 
 
-def _device(config: TrainConfig, model: Llama3VForConditionalGeneration) -> Device:
+def _device(config: TrainConfig, model: Llama3VForConditionalGeneration, ranks: Ranks) -> Device:
     place = model.projector.norm.weight.device
     on_gpu = place.type == "cuda"
     return Device(
         flops=work_of(model, live_trunk=config.mode != "features").flops,
         gemm_rate=gemm_rate(place, bf16=config.precision == "bf16"),
         memory=(lambda: torch.cuda.max_memory_allocated(place)) if on_gpu else peak_memory,
+        processes=ranks.count,
+        summed=ranks.summed,
     )

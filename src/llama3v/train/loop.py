@@ -1,35 +1,28 @@
-"""The training loop: assemble, forward, backward, step; measure; checkpoint. Both stages run this one.
+"""The training loop: assemble, step (step.py), measure, checkpoint. Both stages run this one, on one rank or on many."""
 
-features at the cut --top, projector--> visual tokens --splice--> embeddings --LLM--> hidden states
---LM head, at supervised positions only--> loss, summed over the passes of the step
-"""
-
+import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from llama3v.errors import CacheError, ConfigError, DataError
-from llama3v.model.llama3v import Llama3VForConditionalGeneration
-from llama3v.train.batches import Ahead, Batch, Pass, attention_mask
-from llama3v.train.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_weights,
-)
+from llama3v.train.batches import Ahead, Batch, Pass
+from llama3v.train.checkpoint import Checkpoint
 from llama3v.train.features.base import FeatureSource, StoppedError
-from llama3v.train.loss import supervised_loss
 from llama3v.train.meter import COUNTED, Meter, MetricsLog, Record
 from llama3v.train.pace import Pace
+from llama3v.train.parallel.placement import Placement
+from llama3v.train.parallel.ranks import lost, means_lost
+from llama3v.train.saved_tensors import optimizer_tensors
+from llama3v.train.saving import Saver
 from llama3v.train.signals import StopRequest
+from llama3v.train.step import train_step
 
 MOST_BAD_STEPS = 5
 """Steps in a row without a finite loss after which the run stops."""
@@ -37,7 +30,7 @@ MOST_BAD_STEPS = 5
 
 @dataclass
 class Progress:
-    """Where a run stands; with the weights, the moments and the random state it is all that resume needs."""
+    """Where a run stands; with the weights and the moments it is all that resume needs."""
 
     step: int = 0  # finished steps
     skipped: int = 0  # of them, steps whose loss or gradient was not finite: counted, without an update
@@ -52,7 +45,7 @@ class Schedule:
     passes_per_step: int
     warmup: float
     clip_norm: float
-    bf16: bool
+    seed: int
     validate_every: int | None
 
     def validates_after(self, step: int) -> bool:
@@ -62,9 +55,10 @@ class Schedule:
 
 @dataclass
 class Loop:
-    """One run's training.
+    """One run's training, as this rank sees it.
 
     Attributes:
+        placed: the model, and where it lies.
         make: number of a pass -> its rows (batches.make_pass).
         source: where their features come from.
         state: what every checkpoint stores beside the progress (see run.py).
@@ -73,14 +67,14 @@ class Loop:
         validate: measures, and returns its part of a metrics line; None where there is nothing to measure on.
     """
 
-    model: Llama3VForConditionalGeneration
+    placed: Placement
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     make: Callable[[int], Pass]
     source: FeatureSource
     meter: Meter
     metrics: MetricsLog
-    checkpoints: Checkpoints
+    saver: Saver
     state: dict[str, Any]
     pace: Pace
     watchers: Sequence[Callable[[Record], None]] = ()
@@ -88,8 +82,9 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._saved_at = self.progress.step
+        self.ranks = self.placed.ranks
+        self.trained = {name: p for name, p in self.placed.model.named_parameters() if p.requires_grad}
+        self._saved_at = self._told = self.progress.step
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step; False where `stop` was asked for before (a checkpoint is written then)."""
@@ -97,59 +92,80 @@ class Loop:
         ahead = Ahead(self.make, range(self.progress.step * per_step, last * per_step))
         try:
             while self.progress.step < last:
-                if stop.requested:
-                    self.save()
-                    return False
+                self._tell_source()
                 try:
-                    record = self._step_or_save(ahead)
+                    with self._keeping_work():
+                        stopped = self.ranks.any(stop.requested is not None)  # on whichever: all stop at one step
+                        record = {} if stopped else self._one_step(ahead)
                 except StoppedError:  # asked for while a step waited for features
                     continue
+                if stopped:
+                    self.save(wait=True)
+                    return False
                 for watcher in self.watchers:
                     watcher(record)
                 self.metrics.append(record)
                 self._measure_if_due()
                 if self.pace.due(self.progress.step) or self.progress.step == last:
-                    self.save()
+                    self.save(wait=self.progress.step == last)
         finally:
             self.source.stop()
             ahead.close()
+            self.saver.close()
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint of where the run stands, if there is none of this step yet."""
-        if self.progress.step == self._saved_at:
-            return
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of where the run stands, if there is none of this step yet.
+
+        Args:
+            wait: until it is on the disk; otherwise it is written while training goes on.
+        """
         begun = perf_counter()
-        self.metrics.sync()
-        state = {
-            **self.state,
-            **asdict(self.progress),
-            "rng": random_state(),
-            "seconds": self.meter.seconds,
-            "counts": self.meter.counts,
-        }
-        self.checkpoints.save(self.progress.step, state, dict(self.trained), optimizer_tensors(self.optimizer))
-        self._saved_at = self.progress.step
-        self.pace.saved(self.progress.step, perf_counter() - begun, self.meter.step_seconds)
-        self.source.checkpointed(self.progress.step)
+        if self.progress.step != self._saved_at:
+            self.metrics.sync()
+            state = {
+                **self.state,
+                **asdict(self.progress),
+                "seconds": self.meter.seconds,
+                "counts": self.meter.counts,
+            }
+            self.saver.save(self.progress.step, state, self.trained, optimizer_tensors(self.optimizer))
+            self._saved_at = self.progress.step
+            if not wait:  # what it holds up training for, the rest of a save before it included
+                self.pace.saved(self.progress.step, perf_counter() - begun, self.meter.step_seconds)
+        if wait:
+            self.saver.wait()
+            self._tell_source()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
-        restore_weights(self.trained, checkpoint.weights)
-        restore_optimizer(self.optimizer, checkpoint.optimizer)
-        set_random_state(checkpoint.state["rng"])
+        checkpoint.restore(self.trained, self.optimizer, self.ranks)
         self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(Progress())})
-        self._saved_at = self.progress.step
+        self._saved_at = self._told = self.progress.step
 
-    def _step_or_save(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
-        before = random_state()
+    def _tell_source(self) -> None:
+        """Of a checkpoint that has become whole since the last time."""
+        self.saver.look()
+        if self.saver.committed is not None and self.saver.committed != self._told:
+            self._told = self.saver.committed
+            self.source.checkpointed(self._told)
+
+    @contextmanager
+    def _keeping_work(self) -> Iterator[None]:
+        """Write a checkpoint of the steps before, where the next one cannot be finished."""
         try:
-            return self._one_step(ahead)
-        except (CacheError, DataError, StoppedError):  # no features: keep the work of the steps before
+            yield
+        except (CacheError, DataError, StoppedError):  # no features, here or on another rank: keep the steps before
             self.optimizer.zero_grad(set_to_none=True)
-            set_random_state(before)  # passes of this step may have drawn from it
-            self.save()
+            self.save(wait=True)
             raise
+        except RuntimeError as error:
+            if self.ranks.alone or not means_lost(error):
+                raise
+            if not self.placed.sharded and self.ranks.is_main:  # it has all it takes, and needs nobody
+                self.optimizer.zero_grad(set_to_none=True)
+                self.save(wait=False)
+            raise lost(self.ranks, error) from error
 
     def _one_step(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
         begun, waited = perf_counter(), ahead.waited
@@ -159,17 +175,18 @@ class Loop:
         counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         epochs: list[int] = []
 
+        torch.manual_seed(seed_of(self.schedule.seed, self.progress.step, self.ranks.number))
+
         def passes() -> Iterator[tuple[Batch, int]]:
-            for _ in range(self.schedule.passes_per_step):
-                one = ahead.next()
+            for number in range(self.schedule.passes_per_step):
+                one = self._next(ahead)
+                self.placed.before_pass(last=number == self.schedule.passes_per_step - 1)
                 counts.update({name: getattr(one.batch, name) for name in COUNTED})
                 epochs.append(one.epoch)
                 yield one.batch, one.supervised_of_step
 
-        parameters, schedule = list(self.trained.values()), self.schedule
-        loss, norm = train_step(
-            self.model, self.optimizer, passes(), parameters, clip_norm=schedule.clip_norm, bf16=schedule.bf16
-        )
+        parameters = list(self.trained.values())
+        loss, norm = train_step(self.placed, self.optimizer, passes(), parameters, clip_norm=self.schedule.clip_norm)
         self._count(math.isfinite(loss) and math.isfinite(norm))
         return {
             "step": self.progress.step,
@@ -180,6 +197,17 @@ class Loop:
             "skipped": self.progress.skipped,
             **self.meter.step(self.progress.step, dict(counts), perf_counter() - begun, ahead.waited - waited),
         }
+
+    def _next(self, ahead: "Ahead[Pass]") -> Pass:
+        """The next pass, if every rank has one; where one has not, none goes on."""
+        failure = None
+        try:
+            one = ahead.next()
+        except (CacheError, DataError, StoppedError) as error:
+            failure = error
+        if self.ranks.any(failure is not None):
+            raise failure or DataError("another process could not read what it trains on; its message says why")
+        return one
 
     def _count(self, finite: bool) -> None:
         self.progress.step += 1
@@ -200,69 +228,6 @@ class Loop:
             self.metrics.append({"step": step, **self.validate(), "seconds": round(self.meter.seconds, 2)})
 
 
-def train_step(
-    model: Llama3VForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    passes: Iterable[tuple[Batch, int]],
-    parameters: Sequence[nn.Parameter],
-    *,
-    clip_norm: float,
-    bf16: bool = False,
-) -> tuple[float, float]:
-    """One optimizer step; returns (loss per supervised token, gradient norm).
-
-    Where one of the two is not finite, the weights and the optimizer stay as they are.
-
-    Args:
-        passes: batches, each with the number of supervised tokens of *all* of them.
-        parameters: what trains.
-    """
-    device = parameters[0].device
-    loss = torch.zeros((), device=device)
-    for batch, total in passes:
-        batch = batch.to(device)
-        with autocast(device, bf16):
-            part = supervised_loss(hidden_states(model, batch), batch.targets, head_of(model), total)
-        if part.requires_grad:  # it does not where only the projector trains and the pass has no image
-            part.backward()
-        loss += part.detach()
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the step's only wait for the device
-    if math.isfinite(loss_value) and math.isfinite(norm_value):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm_value
-
-
-def hidden_states(model: Llama3VForConditionalGeneration, batch: Batch) -> Tensor:
-    """The LLM's last hidden states where a label follows: [supervised, hidden]."""
-    embeddings = model.embed(batch.ids, batch.features)  # [rows, length, hidden]
-    mask = attention_mask(batch.segments)
-    if model.llm.config._attn_implementation == "eager":  # adds its mask, where the others select by it
-        mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, torch.finfo(embeddings.dtype).min)
-    hidden = model.llm.model(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state  # [rows, length, hidden]
-    return hidden.flatten(0, 1)[batch.predict_at]
-
-
-def head_of(model: Llama3VForConditionalGeneration) -> Tensor:
-    """Weight of the LM head, [vocabulary, hidden]."""
-    return model.get_output_embeddings().weight  # type: ignore[return-value]
-
-
-def set_modes(model: Llama3VForConditionalGeneration) -> None:
-    """Dropout, where an LLM has any, acts in what trains. The tower keeps its evaluation mode: its norms stand still."""
-    model.eval()
-    for part in (model.projector, model.llm):
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
-
-
-def autocast(device: torch.device, bf16: bool) -> Any:
-    """bf16 matrix products under --precision bf16; nothing otherwise."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-
-
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     """Linear rise over the first `warmup` share of the steps, then a cosine to zero; `step` counts from 0."""
     rising = math.ceil(warmup * steps)
@@ -271,16 +236,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def random_state() -> dict[str, str]:
-    """torch's random state, in hexadecimal: the CPU's, and the GPU's where there is one."""
-    state = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    return state
-
-
-def set_random_state(state: dict[str, str]) -> None:
-    """Put what `random_state` returned back."""
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cpu"]), dtype=torch.uint8))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """What random numbers of a step (dropout) start from: a pure function, so that no generator's state is stored."""
+    words = f"{seed} {step} {rank}".encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big")

@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_head = torch.zeros_like(head) if wants_head else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None  # bf16 would lose chunks
         length = _chunk_length(head)
         for start in range(0, len(hidden), length):
             chunk = slice(start, start + length)
@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[chunk] = grad_logits @ head
             if grad_head is not None:
                 grad_head += grad_logits.T @ hidden[chunk]
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         return loss * scale
 
     @staticmethod

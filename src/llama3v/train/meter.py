@@ -137,25 +137,32 @@ def peak_memory() -> int:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per step, flushed at once; whoever listens is told each line, too."""
+    """metrics.jsonl: one line per step, flushed at once; whoever listens is told each line, too.
 
-    def __init__(self, path: Path, listeners: Sequence[Callable[[Record], None]] = ()) -> None:
+    Args:
+        writes: False on ranks other than 0, which have nothing to add.
+    """
+
+    def __init__(self, path: Path, listeners: Sequence[Callable[[Record], None]] = (), *, writes: bool = True) -> None:
         self.path = path
         self.listeners = list(listeners)
-        self._file = path.open("a")
+        self._file = path.open("a") if writes else None
 
     def append(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for listener in self.listeners:
             listener(record)
 
     def sync(self) -> None:
         """Onto the disk; before a checkpoint is committed that will not write these lines again."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> Iterator[Record]:

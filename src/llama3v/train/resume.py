@@ -12,7 +12,8 @@ from torch import nn
 
 from llama3v import __version__
 from llama3v.config import TrainConfig
-from llama3v.errors import CheckpointError
+from llama3v.errors import CheckpointError, RankError
+from llama3v.train.parallel.ranks import Ranks
 
 # Options that may change between two parts of a run: they say where things lie, what is measured and how the work is
 # cut up, not what is computed. (rows_per_pass changes the last bits of a sum, and nothing else; so may another mode.)
@@ -30,6 +31,7 @@ FREE = frozenset(
         ),
         *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode", "ring"),
         *("budget", "preemption_hours"),
+        *("parallel", "rank_timeout", "activation_checkpointing"),
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.
@@ -65,6 +67,15 @@ def refuse_drift(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -
             f"{out} holds a run that this one would not continue: {'; '.join(found)}. "
             "Run the command it was started with, or choose another --out"
         )
+
+
+def refuse_unequal(ranks: Ranks, now: Mapping[str, Any]) -> None:
+    """Raise RankError, on every rank, where one of them would not compute the same as rank 0."""
+    first, *others = ranks.gather(now)
+    for number, other in enumerate(others, start=1):
+        if found := differences(first, other):
+            words = "; ".join(found).replace(" was ", " is ").replace(", now ", f" on process 0, on process {number} ")
+            raise RankError(f"the processes of this run are not alike: {words}; give all of them the same files")
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -3,8 +3,9 @@
 import fcntl
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llama3v import recipes
 from llama3v.config import PretrainConfig, SftConfig, TrainConfig
 from llama3v.data.packing import fill
-from llama3v.errors import CheckpointError
+from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, save_model
 from llama3v.train import curves, stages, start
 from llama3v.train.batches import RowPlan, make_pass
@@ -25,18 +26,23 @@ from llama3v.train.dry_run import dry_run
 from llama3v.train.features.base import Demand
 from llama3v.train.inputs import Inputs, entered_ring, open_features, open_inputs
 from llama3v.train.instruments import open_instruments
-from llama3v.train.loop import Loop, Schedule, set_modes
+from llama3v.train.loop import Loop, Schedule
+from llama3v.train.parallel.placement import Placement, parameters_of, place, share_of_rows
+from llama3v.train.parallel.ranks import Ranks, joined
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import (
     differences,
     environment,
     plain,
     refuse_drift,
+    refuse_unequal,
     tokenizer_digest,
     trajectory_options,
     weights_digest,
 )
+from llama3v.train.saving import Saver
 from llama3v.train.signals import StopRequest
+from llama3v.train.step import recompute_activations, set_modes
 from llama3v.train.summary import finished_run, summarise
 
 BETAS = (0.9, 0.95)  # as Llama was trained (arXiv 2302.13971, section 2.3)
@@ -87,77 +93,119 @@ class _Stage:
 
 
 def _run(stage: _Stage, console: Console) -> dict[str, Any]:
+    with joined(stage.config.rank_timeout) as ranks:
+        return _run_as(ranks, stage, console if ranks.is_main else Console(quiet=True))
+
+
+def _run_as(ranks: Ranks, stage: _Stage, console: Console) -> dict[str, Any]:
     config = stage.config
+    share_of_rows(config.rows_per_step, ranks)
+    if not ranks.alone and (config.dry_run or config.ring is not None):
+        option = "--dry-run" if config.dry_run else "--ring"
+        raise ConfigError(f"{option} is for one process, and these are {ranks.count}; leave it away, or torchrun")
     if config.dry_run:
         verb = pretrain if stage.name == "pretrain" else sft
         return dry_run(config, stage.name, stage.policy, verb, console)  # type: ignore[arg-type]
-    if (summary := finished_run(stage.name, config)) is not None:
+    if (summary := ranks.on_main(lambda: finished_run(stage.name, config))) is not None:
         _say(console, f"{config.out}: this run is finished ({summary['steps']} steps); summary.json has its results")
         return summary
     if config.recipe:
         _say(console, recipes.in_words(config, stage.name))
-    config.out.mkdir(parents=True, exist_ok=True)
-    with _only_run_in(config.out), told_when_full(config.out), ExitStack() as stack:
-        return _train(stage, console, stack)
+    if ranks.is_main:
+        config.out.mkdir(parents=True, exist_ok=True)
+    with _only_run_in(config.out) if ranks.is_main else nullcontext(), told_when_full(config.out), ExitStack() as stack:
+        return _train(stage, console, ranks, stack)
 
 
-def _train(stage: _Stage, console: Console, stack: ExitStack) -> dict[str, Any]:
+def _train(stage: _Stage, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     config, begun = stage.config, perf_counter()  # loading and preparing belong to the price
     ring = stack.enter_context(entered_ring(config))
     model, tokenizer = stage.load()
     groups, lines = _choose_what_trains(stage, model)
     console.print(stages.as_table(lines, f"What trains: {stage.title}"))
-    checkpoint = _checkpoints(config).load(lambda text: _say(console, text))
+    checkpoint = Checkpoints(_directory(config), readers=ranks).load(lambda text: _say(console, text))
     source = stack.enter_context(closing(open_features(config, model, ring)))
-    inputs = open_inputs(config, model, tokenizer, source, checkpoint, stage.encode_options)
+    open_them = partial(open_inputs, config, model, tokenizer, source, checkpoint, stage.encode_options)
+    inputs = _after_main(ranks, open_them)
     data, validation = inputs.data, inputs.validation
-    plan = RowPlan(data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed)
+    plan = _plan(config, data, ranks)
     steps = config.steps or plan.steps_for(config.epochs)
     state = {
         "identity": _identity(stage, model, tokenizer, data, steps),
         "options": plain(config),
-        "environment": environment(),
+        "environment": {**environment(), "processes": ranks.count},
     }
+    refuse_unequal(ranks, state["identity"])
     if checkpoint is not None:
         refuse_drift(checkpoint.state["identity"], state["identity"], config.out)
     fullness = fill(plan.epoch(0), data.lengths.tolist(), config.row_tokens)
     _describe_data(console, data, plan, fullness, steps)
-    _announce_resume(console, checkpoint, steps)
+    _announce_resume(console, checkpoint, steps, state["environment"])
 
-    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     set_modes(model)
-    torch.manual_seed(config.seed)
-    instruments = open_instruments(config, stage.name, model, checkpoint, steps, begun)
+    placed = _place(config, model, ranks)
+    instruments = open_instruments(config, stage.name, model, checkpoint, steps, begun, ranks)
     loop = Loop(
-        model=model,
-        optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=True),
+        placed=placed,
+        optimizer=torch.optim.AdamW(parameters_of(model, groups), betas=BETAS, fused=True),
         schedule=_schedule(config, plan, steps),
         make=lambda number: make_pass(number, plan, data, source, model.config.image_token_id),
         source=source,
         meter=instruments.meter,
         metrics=instruments.metrics,
-        checkpoints=_checkpoints(config),
+        saver=_saver(config, placed),
         state=state,
         pace=instruments.pace,
         watchers=instruments.watchers,
-        validate=None if validation is None else lambda: validation.measure(model),
+        validate=None if validation is None else lambda: validation.measure(placed),
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
-        checkpoint = None  # its tensors are copied: let the memory go
     source.expect(_demand(config, inputs, plan, loop))
     with StopRequest() as stop, instruments.watching(console, loop.progress.step, stop) as display:
         stop.then(source.stop)
+        stop.patient = not ranks.alone
         source.report_waiting(display.note)
         done = loop.run(stop)
     if not done:
         raise _stopped(console, stop, loop)
     source.finished()
-    curves.draw(instruments.metrics.path, config.out / "curves.png", stage.title)
-    save_model(model, tokenizer, config.out)
-    summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
-    replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return summary
+    placed.make_whole()
+
+    def leave_results() -> dict[str, Any]:
+        curves.draw(instruments.metrics.path, config.out / "curves.png", stage.title)
+        save_model(model, tokenizer, config.out)
+        summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
+        replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    return ranks.on_main(leave_results)
+
+
+def _after_main(ranks: Ranks, open_them: Callable[..., Inputs]) -> Inputs:
+    """What a run reads: prepared by rank 0, then taken by the others."""
+    if ranks.alone:
+        return open_them()
+    opened: list[Inputs] = []
+    ranks.on_main(lambda: opened.append(open_them()))
+    return opened[0] if ranks.is_main else open_them(prepared_already=True)
+
+
+def _plan(config: TrainConfig, data: PreparedData, ranks: Ranks) -> RowPlan:
+    rows = config.row_tokens, config.rows_per_step, config.rows_per_pass
+    return RowPlan(data.lengths.tolist(), *rows, config.seed, rank=ranks.number, ranks=ranks.count)
+
+
+def _place(config: TrainConfig, model: Model, ranks: Ranks) -> Placement:
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    device = torch.device("cuda", ranks.local) if torch.cuda.is_available() else torch.device("cpu")
+    return place(config.parallel, model, device, bf16=config.precision == "bf16", ranks=ranks)
+
+
+def _saver(config: TrainConfig, placed: Placement) -> Saver:
+    writers = placed.ranks.beside("checkpoints") if placed.sharded else None
+    return Saver(Checkpoints(_directory(config), config.keep_checkpoints, writers=writers), placed.ranks)
 
 
 def _choose_what_trains(stage: _Stage, model: Model) -> tuple[list[dict[str, Any]], list[stages.Line]]:
@@ -171,8 +219,8 @@ def _choose_what_trains(stage: _Stage, model: Model) -> tuple[list[dict[str, Any
     return stages.apply(lines, model, stage.config.weight_decay), lines
 
 
-def _checkpoints(config: TrainConfig) -> Checkpoints:
-    return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
+def _directory(config: TrainConfig) -> Path:
+    return config.out / "checkpoints"
 
 
 def _identity(
@@ -197,7 +245,7 @@ def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
         passes_per_step=plan.passes_per_step,
         warmup=config.warmup,
         clip_norm=config.clip_norm,
-        bf16=config.precision == "bf16",
+        seed=config.seed,
         validate_every=config.validate_every,
     )
 
@@ -225,11 +273,11 @@ def _describe_data(console: Console, data: PreparedData, plan: RowPlan, fullness
     )
 
 
-def _announce_resume(console: Console, checkpoint: Checkpoint | None, steps: int) -> None:
+def _announce_resume(console: Console, checkpoint: Checkpoint | None, steps: int, environment: dict[str, Any]) -> None:
     if checkpoint is None:
         return
     _say(console, f"resuming after step {checkpoint.state['step']} of {steps}")
-    if changed := differences(checkpoint.state["environment"], environment()):
+    if changed := differences(checkpoint.state["environment"], environment):
         _say(console, f"{'; '.join(changed)}: the losses agree with an uninterrupted run's, but not to the last bit")
 
 

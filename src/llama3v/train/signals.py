@@ -15,6 +15,7 @@ EXIT_ASKED = 3
 class StopRequest:
     """While entered, the first signal only asks the loop to stop; a second one acts as it would have before.
 
+    With `patient` set, later ones ask again and no more: torchrun may pass the same signal on twice.
     In a thread other than the main one, where Python allows no handlers, signals keep their usual effect.
 
     Attributes:
@@ -27,6 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: signal.Signals | str | None = None
         self.advice = "run the same command to resume"
+        self.patient = False
         self._before: dict[signal.Signals, Any] = {}
         self._action: Callable[[], None] | None = None
 
@@ -46,8 +48,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as shells report it; EXIT_ASKED without one."""
-        return 128 + self.requested if isinstance(self.requested, signal.Signals) else EXIT_ASKED
+        """128 + the signal, as shells report it, also where another rank got it; EXIT_ASKED without one."""
+        return EXIT_ASKED if isinstance(self.requested, str) else 128 + (self.requested or signal.SIGTERM)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -59,7 +61,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
-        self._restore()
+        if not self.patient:
+            self._restore()
         if self._action is not None:
             self._action()
 

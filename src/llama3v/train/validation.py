@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from llama3v.data.packing import pack
-from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.train.batches import assemble
 from llama3v.train.features.base import FeatureSource
-from llama3v.train.loop import autocast, head_of, hidden_states, set_modes
-from llama3v.train.loss import losses_of
+from llama3v.train.parallel.placement import Placement
 from llama3v.train.prepared import PreparedData
+from llama3v.train.step import set_modes
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,22 @@ class Validation:
     source: FeatureSource
     row_tokens: int
     rows_per_pass: int
-    bf16: bool = False
 
-    def measure(self, model: Llama3VForConditionalGeneration) -> dict[str, Any]:
-        """Losses per supervised token.
+    def measure(self, placed: Placement) -> dict[str, Any]:
+        """Losses per supervised token. The ranks share the work, and all of them call it.
 
         `validation_loss` is over all samples. `validation_loss_shuffled` is over the samples that could be given
         images of another sample (`validation_shuffled` of them), and `validation_gap` is how much lower the loss of
         those very samples is with their own images; both are None where no sample could.
         """
-        model.eval()
+        placed.model.eval()
         try:
-            return self._measure(model)
+            return self._measure(placed)
         finally:
-            set_modes(model)
+            set_modes(placed.model)
 
-    def _measure(self, model: Llama3VForConditionalGeneration) -> dict[str, Any]:
-        right, tokens = self._losses(model, {})
+    def _measure(self, placed: Placement) -> dict[str, Any]:
+        right, tokens = self._losses(placed, {})
         report: dict[str, Any] = {
             "validation_loss": float(right.sum() / tokens.sum()),
             "validation_samples": len(self.data),
@@ -52,7 +50,7 @@ class Validation:
             "validation_gap": None,
         }
         if exchanged := shuffle_images(self.data):
-            wrong, _ = self._losses(model, exchanged)
+            wrong, _ = self._losses(placed, exchanged)
             samples = torch.tensor(sorted(exchanged))
             shuffled = float(wrong[samples].sum() / tokens[samples].sum())
             own = float(right[samples].sum() / tokens[samples].sum())
@@ -64,21 +62,22 @@ class Validation:
         return report
 
     @torch.no_grad()
-    def _losses(self, model: Llama3VForConditionalGeneration, images_of: dict[int, int]) -> tuple[Tensor, Tensor]:
+    def _losses(self, placed: Placement, images_of: dict[int, int]) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and the supervised tokens, of every sample: two tensors [samples], float64."""
-        device = next(model.parameters()).device
+        ranks, image_token_id = placed.ranks, placed.model.config.image_token_id
         losses = torch.zeros(len(self.data), dtype=torch.float64)
         tokens = torch.zeros(len(self.data), dtype=torch.float64)
         rows = pack(self.data.lengths.tolist(), self.row_tokens, seed=0, epoch=0)
-        for first in range(0, len(rows), self.rows_per_pass):
-            some = rows[first : first + self.rows_per_pass]
-            batch = assemble(self.data, some, self.source, model.config.image_token_id, images_of)
-            on_device = batch.to(device)
-            with autocast(device, self.bf16):
-                found = losses_of(hidden_states(model, on_device), on_device.targets, head_of(model))
-            losses.index_add_(0, batch.owners, found.double().cpu())
-            tokens.index_add_(0, batch.owners, torch.ones(len(found), dtype=torch.float64))
-        return losses, tokens
+        passes = [rows[first : first + self.rows_per_pass] for first in range(0, len(rows), self.rows_per_pass)]
+        for first in range(0, len(passes), ranks.count):
+            own = first + ranks.number
+            # ranks that share the weights compute together, so one that has no pass left repeats the last
+            batch = assemble(self.data, passes[min(own, len(passes) - 1)], self.source, image_token_id, images_of)
+            found = placed.forward(batch.to(placed.device))
+            if own < len(passes):
+                losses.index_add_(0, batch.owners, found.double().cpu())
+                tokens.index_add_(0, batch.owners, torch.ones(len(found), dtype=torch.float64))
+        return ranks.add(losses), ranks.add(tokens)
 
 
 def shuffle_images(data: PreparedData) -> dict[int, int]:
