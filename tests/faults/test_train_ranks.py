@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import join, start_ranks
+from ranks import environments, join, start_ranks
 from training import log_of, losses, make_pictures, start
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
@@ -109,7 +109,7 @@ def test_a_resumed_run_goes_on_at_another_number_of_ranks_with_the_next_sample(t
         if until is None:
             complete(options, ranks)
             continue
-        processes = start_ranks("sft", options, ranks, {CRASH_VARIABLE: f"checkpoint-latest:{1}"})
+        processes = start_ranks("sft", options, ranks, {CRASH_VARIABLE: "checkpoint-latest"})
         for process in processes:
             process.join(60)
         assert 137 in [process.exitcode for process in processes]
@@ -168,7 +168,7 @@ def test_a_killed_rank_ends_the_others_at_once_and_the_run_resumes_bit_equal(tmp
     assert_equal_runs(options.out, ddp)
 
 
-def test_a_hung_rank_is_noticed_within_the_time_limit(tmp_path, prepared, ddp):
+def test_a_hung_rank_is_noticed_within_the_time_limit(tmp_path, prepared):
     options = options_of(prepared, tmp_path / "out", parallel="ddp", rank_timeout=3.0)
     processes = disturb(options, 4, 1, signal.SIGSTOP)
     stopped = time.monotonic()
@@ -180,11 +180,9 @@ def test_a_hung_rank_is_noticed_within_the_time_limit(tmp_path, prepared, ddp):
     finally:
         processes[1].kill()
         processes[1].join()
-    complete(options)
-    assert_equal_runs(options.out, ddp)
 
 
-def test_sigterm_to_one_rank_stops_all_after_one_agreed_checkpoint(tmp_path, prepared, ddp):
+def test_sigterm_to_one_rank_stops_all_after_one_agreed_checkpoint(tmp_path, prepared):
     options = options_of(prepared, tmp_path / "out", parallel="ddp", checkpoint_every=100)
     processes = disturb(options, 3, 1, signal.SIGTERM)
     assert join(processes) == [128 + signal.SIGTERM] * 2
@@ -192,8 +190,6 @@ def test_sigterm_to_one_rank_stops_all_after_one_agreed_checkpoint(tmp_path, pre
     assert "its checkpoint is written" in printed
     assert "Traceback" not in printed
     assert len(list((options.out / "checkpoints").glob("step-*"))) == 1
-    complete(options)
-    assert_equal_runs(options.out, ddp)
 
 
 @pytest.mark.slow  # 20 starts of two processes
@@ -221,8 +217,6 @@ def test_ranks_that_read_other_files_are_refused_with_the_difference(tmp_path, p
     other = Path(prepared["sft"]["data"][0]).with_name("other.json")
     other.write_text(json.dumps(rows))
     same, different = (options_of(prepared, tmp_path / "out", **changes) for changes in ({}, {"data": (str(other),)}))
-    from ranks import environments
-
     processes = [start("sft", options, at) for options, at in zip((same, different), environments(2), strict=True)]
     assert join(processes) == [2, 2]
     assert "but it is not there for this one, or is other data" in log_of(same).read_text()

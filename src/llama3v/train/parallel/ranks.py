@@ -28,7 +28,8 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.02
 LAST_WORD_SECONDS = 3.0
-"""How long ranks that lost one another wait for each other's last word, to tell who is missing."""
+"""How long ranks that lost one another wait for each other's last word, to tell who is missing; and rank 0 for the others
+to leave."""
 
 
 @dataclass
@@ -120,9 +121,14 @@ class Ranks:
         return Ranks(self.number, self.count, self.local, self.patience, name, group, self.store)
 
     def leave(self) -> None:
-        """After the run's last collective."""
-        if not self.alone:
-            dist.destroy_process_group()
+        """After the run's last collective. Rank 0 goes last: without torchrun the store lies in it."""
+        if self.alone:
+            return
+        left, deadline = self.store.add("left", 1), time.monotonic() + LAST_WORD_SECONDS
+        while self.is_main and left < self.count and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+            left = self.store.add("left", 0)
+        dist.destroy_process_group()
 
     def _wait_for_main(self, done: str, beat: str) -> Any:
         heard, since = -1, time.monotonic()
