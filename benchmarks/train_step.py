@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.train.batches import Batch
-from llama3v.train.loop import autocast, head_of, hidden_states, set_modes, train_step
-from llama3v.train.loss import supervised_loss
+from llama3v.train.parallel.placement import Placement
+from llama3v.train.step import PassLoss, set_modes, train_step
 
 __all__ = ["adamw", "optimizer_step", "pass_loss", "set_modes", "trained"]
 
@@ -28,10 +28,9 @@ def optimizer_step(
     model: Llama3VForConditionalGeneration, optimizer: torch.optim.Optimizer, passes: Passes, *, bf16: bool = False
 ) -> float:
     """The whole step of the trainer: passes, clipping, update. Returns the loss."""
-    return train_step(model, optimizer, passes, trained(model), clip_norm=1.0, bf16=bf16)[0]
+    return train_step(Placement(model, bf16=bf16), optimizer, passes, trained(model), clip_norm=1.0)[0]
 
 
 def pass_loss(model: Llama3VForConditionalGeneration, batch: Batch, total: int, *, bf16: bool = False) -> Tensor:
     """One pass's part of the loss, as the trainer's step has it; `backward` is the caller's."""
-    with autocast(batch.ids.device, bf16):
-        return supervised_loss(hidden_states(model, batch), batch.targets, head_of(model), total)
+    return PassLoss(model, bf16=bf16)(batch, total)

@@ -347,6 +347,10 @@ class TrainConfig:
             self.rows_per_step >= 1 and self.rows_per_pass >= 1,
             "--rows-per-step and --rows-per-pass start at 1",
         )
+        _require(
+            self.parallel != "fsdp" or self.llm_weights == "fp32",
+            f"--parallel fsdp shards weights in fp32; with --llm-weights {self.llm_weights} use --parallel ddp",
+        )
         _require(self.rank_timeout > 0, f"--rank-timeout is {self.rank_timeout}; give more than 0 seconds")
         _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
         _require(
