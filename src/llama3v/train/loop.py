@@ -127,7 +127,7 @@ class Loop:
                 **self.state,
                 **asdict(self.progress),
                 "seconds": self.meter.seconds,
-                "counts": self.meter.counts,
+                "counts": dict(self.meter.counts),  # they count on while it is written
             }
             self.saver.save(self.progress.step, state, self.trained, optimizer_tensors(self.optimizer))
             self._saved_at = self.progress.step
@@ -164,7 +164,7 @@ class Loop:
                 raise
             if not self.placed.sharded and self.ranks.is_main:  # it has all it takes, and needs nobody
                 self.optimizer.zero_grad(set_to_none=True)
-                self.save(wait=False)
+                self.save(wait=True)
             raise lost(self.ranks, error) from error
 
     def _one_step(self, ahead: "Ahead[Pass]") -> dict[str, Any]:
