@@ -74,8 +74,8 @@ def test_adapters_and_projector_learn_and_the_llm_stands_still(whole, tiny_model
 def test_a_run_that_was_interrupted_ends_bit_equal(tmp_path, whole, lora_options, monkeypatch):
     real, saves = run.Loop.save, []
 
-    def save(self):
-        real(self)
+    def save(self, *, wait):
+        real(self, wait=wait)
         saves.append(self.progress.step)
         if len(saves) == 1:
             raise KeyboardInterrupt
