@@ -5,6 +5,7 @@ the user can mend into one line and exit code 2. Nothing heavy is imported befor
 """
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -42,17 +43,24 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code.
 
-    0: done. 2: an error that the user can mend, told in one line on stderr. 130: interrupted. 141: the reader
+    0: done. 2: an error that the user can mend, told in one line on stderr (and, with --json, as {"error": ...} on
+    stdout). 130: interrupted. 141: the reader
     of our output went away. Help, and options that cannot be parsed, raise SystemExit as argparse does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"llama3v {llama3v.__version__}")
+        return 0
     try:
         try:
-            _run(arguments)
+            verb, options = parse(arguments)
+            _run(verb, options)
         finally:
             # Here and not at the interpreter's exit, where a closed pipe could no longer be handled.
             sys.stdout.flush()
     except Llama3VError as error:
+        if "--json" in arguments:
+            print(json.dumps({"error": {"kind": type(error).__name__, "message": _one_line(error)}}), flush=True)
         print(f"llama3v: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
@@ -84,11 +92,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     return next(name for name, options in VERBS.items() if type(parsed) is options), parsed
 
 
-def _run(arguments: list[str]) -> None:
-    if arguments == ["--version"]:
-        print(f"llama3v {llama3v.__version__}")
-        return
-    verb, options = parse(arguments)
+def _run(verb: str, options: Any) -> None:
     if verb != "cache":
         _quiet_transformers()
     getattr(llama3v, verb)(options)

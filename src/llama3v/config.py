@@ -21,6 +21,7 @@ Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
+Detail = Literal["low", "high"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
 MAX_TILES = 6
@@ -478,6 +479,7 @@ class AskConfig:
     Examples:
         llama3v ask photo.jpg "What is on the table?" --model runs/quickstart
         llama3v ask before.png after.png "What changed?" --model runs/quickstart
+        llama3v ask photo.jpg "What is it?" --model runs/quickstart --detail low --json
     """
 
     inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE... QUESTION", help_behavior_hint="(required)")]
@@ -492,6 +494,11 @@ class AskConfig:
     """Seed of the sampling."""
     out: MaybePath = None
     """Directory for summary.json (the question, the answer, timings)."""
+    detail: Detail = "high"
+    """high: an overview of each image and slices of large ones. low: the overview only, which is several times
+    faster and misses small print."""
+    json: Annotated[bool, FlagCreatePairsOff] = False
+    """Print one JSON object instead of the text: answer, tokens, timings; or what went wrong."""
 
     def __post_init__(self) -> None:
         _require(len(self.inputs) >= 1, 'give image files and a question: llama3v ask photo.jpg "What is it?"')
@@ -517,6 +524,8 @@ class ChatConfig:
     """0 is greedy; higher values sample."""
     seed: int = 0
     """Seed of the sampling."""
+    detail: Detail = "high"
+    """high: an overview of each image and slices of large ones. low: the overview only."""
 
 
 @dataclass(frozen=True)
@@ -525,7 +534,8 @@ class CaptionConfig:
 
     Examples:
         llama3v caption photo.jpg --model runs/quickstart
-        llama3v caption holiday/ --model runs/quickstart --out captions
+        llama3v caption holiday/ --model runs/quickstart --out captions --format csv
+        llama3v caption holiday/ --model runs/quickstart --sidecar
     """
 
     inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")]
@@ -538,10 +548,21 @@ class CaptionConfig:
     """Directory for captions.jsonl and summary.json."""
     max_new_tokens: int = 96
     """Most tokens in a caption."""
+    format: Literal["jsonl", "csv"] = "jsonl"
+    """With --out. jsonl: captions.jsonl alone, which grows with every batch. csv: at the end also captions.csv."""
+    sidecar: Annotated[bool, FlagCreatePairsOff] = False
+    """Write the caption of photo.jpg to photo.txt beside it, as training tools read captions. A photo.txt that is
+    there already is kept, and its image counts as captioned."""
+    detail: Detail = "high"
+    """high: an overview of each image and slices of large ones. low: the overview only, which is several times
+    faster and misses small print."""
+    json: Annotated[bool, FlagCreatePairsOff] = False
+    """Print one JSON object at the end instead of a line per image: captions, counts, seconds; or what went wrong."""
 
     def __post_init__(self) -> None:
         _require(len(self.inputs) >= 1, "give image files or folders: llama3v caption photo.jpg")
         _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
+        _require(self.format == "jsonl" or self.out is not None, f"--format {self.format} needs a directory: --out DIR")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """ask, chat and caption through the command line, with a random model: what is said, where, and with which exit code."""
 
+import csv
 import io
 import json
 import struct
@@ -9,13 +10,16 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from llama3v.cli import main
 from llama3v.config import AskConfig, CaptionConfig, ChatConfig
+from llama3v.data.sources.base import Sample
+from llama3v.data.sources.folder import FolderSource
 from llama3v.engines.torch import TorchEngine
 from llama3v.engines.verbs import ask, caption, chat
-from llama3v.errors import ConfigError
+from llama3v.errors import ConfigError, DataError
 from llama3v.model.prompt import Turn
 
 
@@ -259,3 +263,73 @@ def test_a_folder_without_images_or_with_bad_ones_only_is_an_error(
     bad_files(tmp_path)
     assert main(["caption", str(tmp_path)]) == 2
     assert "none of the 3 images" in capsys.readouterr().err
+
+
+def test_low_detail_shows_the_model_the_overview_alone(
+    engine: TorchEngine, pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    encode = engine._encode
+    monkeypatch.setattr(engine, "_encode", lambda image: seen.append(encode(image)) or seen[-1])
+    wide = pictures[2]
+    ask(AskConfig((wide, "What?"), detail="low", max_new_tokens=4), engine)
+    say([f"/image {wide}", "What?"], monkeypatch)
+    chat(ChatConfig(detail="low", max_new_tokens=4), engine)
+    caption(CaptionConfig((wide,), detail="low", max_new_tokens=4), engine)
+    overview, again = seen[0], engine.features_of(Path(wide).read_bytes())  # all three made the same picture of it
+    assert (len(seen), overview.grid.tiles, again.grid.tiles) == (2, 1, 3)
+    assert torch.equal(overview.features[0], again.features[0])
+
+
+def test_json_is_one_object_on_stdout_with_answer_and_timings(
+    engine: TorchEngine, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = ask(AskConfig((pictures[0], "What is it?"), json=True, max_new_tokens=8), engine)
+    out = capsys.readouterr().out
+    assert json.loads(out) == summary
+    assert out.count("\n") == 1
+    assert {"answer", "seconds_to_load", "seconds_to_first_text", "seconds"} <= summary.keys()
+
+    caption(CaptionConfig(tuple(pictures), json=True, max_new_tokens=4), engine)
+    captions = json.loads(capsys.readouterr().out)["captions"]
+    assert [row["file_name"] for row in captions] == pictures
+    assert all(row["text"] for row in captions)
+
+
+def test_json_tells_an_error_on_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["ask", str(tmp_path / "no.png"), "What?"], ["ask", "What?", "--max-new-tokens", "0"]):
+        assert main([*arguments, "--json"]) == 2
+        out, err = capsys.readouterr()
+        error = json.loads(out)["error"]
+        assert error["message"] in err
+        assert error["kind"] in ("ImageError", "ConfigError")
+
+
+def test_sidecars_are_captions_that_data_sources_read_and_that_are_never_replaced(
+    engine: TorchEngine, pictures: list[str], tmp_path: Path
+) -> None:
+    folder = Path(pictures[0]).parent
+    (folder / "1.txt").write_text("My own words.\n")
+    config = CaptionConfig((str(folder),), sidecar=True, max_new_tokens=8, out=tmp_path / "out", format="csv")
+    first = caption(config, engine)
+    assert (first["captioned"], first["kept"]) == (2, 1)
+    assert (folder / "1.txt").read_text() == "My own words.\n"
+    again = caption(config, engine)
+    assert (again["captioned"], again["kept"]) == (0, 3)
+    captions = [sample.turns[1].text for sample in FolderSource(folder) if isinstance(sample, Sample)]
+    assert captions[1] == "My own words."
+    rows = list(csv.DictReader((tmp_path / "out" / "captions.csv").open(newline="")))
+    assert rows == [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(captions)]
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".txt"}  # no temporary file is left
+
+    (folder / "1.jpg").write_bytes((folder / "1.png").read_bytes())
+    with pytest.raises(DataError, match=r"1\.jpg and 1\.png would share 1\.txt"):
+        caption(config, engine)
+
+
+def test_a_caption_at_another_detail_is_another_caption(
+    engine: TorchEngine, pictures: list[str], tmp_path: Path
+) -> None:
+    for detail, made in (("high", 1), ("low", 1), ("high", 0), ("low", 0)):
+        config = CaptionConfig((pictures[2],), out=tmp_path, detail=detail, max_new_tokens=4)  # type: ignore[arg-type]
+        assert caption(config, engine)["captioned"] == made

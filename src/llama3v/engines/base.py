@@ -32,7 +32,12 @@ class Engine(Protocol):
 
     All three raise PromptError where turns and images do not fit together or the prompt and `max_new_tokens` exceed the
     model's context (nothing is ever truncated), and ImageError for an image that cannot be read; before any output.
+
+    Attributes:
+        tile_size: side of a tile in pixels; a picture of that size is not cut.
     """
+
+    tile_size: int
 
     def stream(
         self,

@@ -1,10 +1,9 @@
 """`llama3v caption`: one image, or all images of folders, resumable."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,16 @@ from llama3v.config import CaptionConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
 from llama3v.engines.base import Engine
-from llama3v.engines.terminal import decode_named, messages, open_engine, printable, write, write_summary
-from llama3v.errors import ConfigError, DataError, ImageError
+from llama3v.engines.caption_files import (
+    CaptionFile,
+    images_of,
+    read_sidecar,
+    refuse_shared_sidecars,
+    write_csv,
+    write_sidecar,
+)
+from llama3v.engines.terminal import at_detail, decode_named, messages, open_engine, printable, write, write_summary
+from llama3v.errors import DataError, ImageError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key, read_image_file
 
@@ -27,9 +34,10 @@ BATCH = 8  # images that are captioned together
 def caption(config: CaptionConfig, engine: Engine | None = None) -> dict[str, Any]:
     """Caption an image, several, or every image under folders; captions go to stdout.
 
-    One image: its caption. More: one line each, "name<TAB>caption". With `config.out`, captions.jsonl there gets
-    {"file_name", "text", "key", "prompt", "model"} per image as soon as it is known, and what it already holds for an
-    image and prompt is kept. A bad image goes to ledger.jsonl there, and to stderr; alone, it is an error.
+    One image: its caption. More: one line each, "name<TAB>caption"; with `config.json` one object at the end, which is
+    the summary with "captions". With `config.out`, captions.jsonl there gets {"file_name",
+    "text", "key", "prompt", "detail", "model"} per image as soon as it is known, and what it already holds for an
+    image, prompt and detail is kept. A bad image goes to ledger.jsonl there, and to stderr; alone, it is an error.
 
     Args:
         engine: runs the model; default: a TorchEngine of `config.model`, loaded when the first image needs it.
@@ -38,9 +46,11 @@ def caption(config: CaptionConfig, engine: Engine | None = None) -> dict[str, An
     had one, or equal another image). Raises ImageError for a single bad image, DataError
     where there is no image to caption, ConfigError where captions.jsonl is of another model.
     """
-    files = list(_files(config.inputs))
+    files = list(images_of(config.inputs))
     if not files:
         raise DataError(f"{', '.join(config.inputs)}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none")
+    if config.sidecar:
+        refuse_shared_sidecars(files)
     job = _Job(config, engine)
     with job.progress:
         task = job.progress.add_task("", total=len(files), left_out="")
@@ -61,6 +71,8 @@ class _Job:
         self.made = self.kept = self.left_out = 0
         self.started = time.perf_counter()
         self.store = CaptionFile(config)
+        self.captions: list[tuple[str, str]] = []  # (name, caption) of this run's images, in their order
+        self.faults: list[tuple[str, str]] = []  # (name, reason)
         self.ledger = Ledger(config.out / "ledger.jsonl") if config.out is not None else None
         console = messages()
         self.progress = Progress(
@@ -77,9 +89,13 @@ class _Job:
 
     def caption(self, files: Sequence[tuple[str, Path]]) -> None:
         """Caption a few files (name, path) in one batch; equal images are captioned once."""
-        keys: list[tuple[str, str]] = []  # (name, key)
+        keys: list[tuple[str, Path, str]] = []  # (name, path, key)
         pictures: dict[str, Any] = {}  # key -> picture, of those that have no caption yet
         for name, path in files:
+            if self.config.sidecar and (text := read_sidecar(path)):
+                self.kept += 1
+                self._show(name, text)
+                continue
             try:
                 data = read_image_file(path)
                 key = image_key(data)
@@ -87,14 +103,16 @@ class _Job:
                     self.kept += 1
                 else:
                     pictures[key] = decode_named(data, str(path))
-                keys.append((name, key))
+                keys.append((name, path, key))
             except ImageError as error:
                 self._leave_out(name, error)
         texts = self._answer(list(pictures.values()))
         self.store.captions.update(zip(pictures, texts, strict=True))
         self.made += len(texts)
-        for name, key in keys:
+        for name, path, key in keys:
             self.store.note(name, key)
+            if self.config.sidecar:
+                write_sidecar(path, self.store.captions[key])
             self._show(name, self.store.captions[key])
 
     def finish(self, images: int) -> dict[str, Any]:
@@ -104,26 +122,36 @@ class _Job:
             where = f"; reasons in {self.ledger.path}" if self.ledger is not None else ""
             messages().print(escape(f"{self.left_out} of {images} images left out{where}"))
         config = self.config
+        if config.out is not None and config.format == "csv":
+            write_csv(config.out / "captions.csv", self.captions)
         summary = {
             "verb": "caption",
             "version": __version__,
             "model": config.model,
             "prompt": config.prompt,
             "max_new_tokens": config.max_new_tokens,
+            "detail": config.detail,
             "images": images,
             "captioned": self.made,
             "kept": self.kept,
             "left_out": self.left_out,
             "seconds": round(time.perf_counter() - self.started, 3),
         }
+        if config.json:
+            write(json.dumps(summary | {"captions": self._objects()}) + "\n")
         return write_summary(config.out, summary)
+
+    def _objects(self) -> list[dict[str, str]]:
+        """Every image with its caption, or with the reason why it has none."""
+        captions = [{"file_name": name, "text": text} for name, text in self.captions]
+        return captions + [{"file_name": name, "error": reason} for name, reason in self.faults]
 
     def _answer(self, pictures: list[Any]) -> list[str]:
         if not pictures:
             return []
         self.engine = self.engine or open_engine(self.config.model, quiet=not self.progress.disable)
         turns = [Turn("user", self.config.prompt, (0,))]
-        questions = [(turns, [picture]) for picture in pictures]
+        questions = [(turns, [at_detail(picture, self.config.detail, self.engine)]) for picture in pictures]
         answers = self.engine.answer_batch(questions, max_new_tokens=self.config.max_new_tokens)
         return [" ".join(answer.split()) for answer in answers]  # a caption is one line
 
@@ -131,80 +159,17 @@ class _Job:
         if self.alone:
             raise error
         self.left_out += 1
+        self.faults.append((name, str(error)))
         if self.ledger is not None:
             self.ledger.leave_out(name, str(error))
         self.progress.console.print(escape(printable(f"left out: {error}")))
 
     def _show(self, name: str, text: str) -> None:
+        self.captions.append((name, text))
+        if self.config.json:
+            return
         line = text if self.alone else f"{name}\t{text}"
         if sys.stdout.isatty() and not self.progress.disable:
             self.progress.console.print(printable(line), markup=False)  # above the bar, on the same screen
         else:
             write(line + "\n")
-
-
-class CaptionFile:
-    """captions.jsonl: a growing list of captions, by image and prompt; only in memory without `config.out`."""
-
-    def __init__(self, config: CaptionConfig) -> None:
-        self.captions: dict[str, str] = {}  # key of the image -> its caption for this prompt
-        self._prompt = config.prompt
-        # one directory by any of its names is one model
-        self._model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-        self._path = None if config.out is None else config.out / "captions.jsonl"
-        self._listed: set[tuple[str, str]] = set()  # (name, key)
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._read(self._path)
-
-    def note(self, name: str, key: str) -> None:
-        """Write the caption of an image, unless it stands there."""
-        if self._path is None or (name, key) in self._listed:
-            return
-        row = {
-            "file_name": name,
-            "text": self.captions[key],
-            "key": key,
-            "prompt": self._prompt,
-            "model": self._model,
-        }
-        with self._path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-        self._listed.add((name, key))
-
-    def _read(self, path: Path) -> None:
-        """Take what is there; a last line that a kill cut short is removed."""
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                name, key, prompt, text, model = (
-                    row[field] for field in ("file_name", "key", "prompt", "text", "model")
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path} line {number}: expected a caption of ours ({error}); move the file away"
-                ) from error
-            if model != self._model:
-                raise ConfigError(f"{path} holds captions by {model}, not by {self._model}; choose another --out")
-            if prompt == self._prompt:
-                self.captions[key] = text
-                self._listed.add((name, key))
-
-
-def _files(inputs: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of every image: files as they are named, folders in the order of their relative paths."""
-    for text in inputs:
-        root = Path(text)
-        if not root.is_dir():
-            yield text, root
-            continue
-        found: list[str] = []
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            images = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
-            found += [(Path(folder) / name).relative_to(root).as_posix() for name in images]
-        yield from ((name, root / name) for name in sorted(found))

@@ -7,12 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 from llama3v.config import ChatConfig
-from llama3v.engines.base import Engine
-from llama3v.engines.terminal import is_file, messages, open_engine, printable, read_picture, show_picture, write
+from llama3v.engines.base import Engine, EngineImage
+from llama3v.engines.terminal import (
+    at_detail,
+    is_file,
+    messages,
+    open_engine,
+    printable,
+    read_picture,
+    show_picture,
+    write,
+)
 from llama3v.errors import ConfigError, Llama3VError
 from llama3v.model.prompt import Turn
 
@@ -29,8 +39,14 @@ class Conversation:
 
     def reset(self) -> None:
         self.turns: list[Turn] = []
-        self.images: list[bytes] = []
-        self.waiting: list[bytes] = []
+        self.images: list[EngineImage] = []
+        self.waiting: list[EngineImage] = []
+
+    def show(self, data: bytes, image: Image.Image) -> None:
+        """A picture, as a file and decoded, for the next question."""
+        high = self._config.detail == "high"
+        self.waiting.append(data if high else at_detail(image, "low", self._engine))
+        show_picture(image)
 
     def ask(self, question: str, write: Callable[[str], None]) -> bool:
         """Write the answer piece by piece; False where ^C stopped it.
@@ -75,8 +91,7 @@ def chat(config: ChatConfig, engine: Engine | None = None) -> dict[str, Any]:
     pictures = [read_picture(name) for name in config.images]
     conversation = Conversation(engine or open_engine(config.model), config)
     for data, image in pictures:
-        conversation.waiting.append(data)
-        show_picture(image)
+        conversation.show(data, image)
     if sys.stdin.isatty():
         console.print(f"[dim]{HELP}[/]")
     _talk(conversation, console)
@@ -118,9 +133,7 @@ def _obey(line: str, conversation: Conversation, console: Console) -> None:
         conversation.reset()
         console.print("[dim]a new conversation[/]")
     elif command == "/image":
-        data, image = read_picture(_file_name(argument.strip()))
-        conversation.waiting.append(data)
-        show_picture(image)
+        conversation.show(*read_picture(_file_name(argument.strip())))
     elif command == "/help":
         console.print(f"[dim]{HELP}[/]")
     elif line.startswith("/"):

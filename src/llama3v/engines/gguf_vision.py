@@ -60,7 +60,7 @@ class GgufVision:
             hidden=self.hidden,
             blocks=blocks,
         ).eval()
-        self.tokens_per_tile = self._projector.tokens_per_tile
+        self.tokens_per_tile, self.tile_size = self._projector.tokens_per_tile, self._tower.tile_size
         _fill(path, self._tower, self._projector, tensors)
         self._encoder_name = tower or ("openvino" if importlib.util.find_spec("openvino") else "torch")
         self._encoder: Any = None  # opened by the first image

@@ -62,6 +62,7 @@ class LlamaCppEngine:
                 f"{self.llm.hidden}; use the two files of one export"
             )
         self.context_tokens = self.llm.context_tokens
+        self.tile_size = self.vision.tile_size
         image_token_id = self.vision.image_token_id
         self.renderer = Renderer(self.tokenizer, self.vision.prompt_format, self.vision.tokens_per_tile, image_token_id)
         self._seen: OrderedDict[str, tuple[np.ndarray, Grid]] = OrderedDict()  # the latest last

@@ -11,12 +11,14 @@ from unicodedata import category
 from rich.console import Console
 from rich.markup import escape
 
-from llama3v.engines.base import Engine
+from llama3v.engines.base import Engine, EngineImage
 from llama3v.errors import ImageError
-from llama3v.model.tiles import MAX_BYTES, decode_image, read_image_file
+from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_file
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from llama3v.config import Detail
 
 STDIN = "-"
 PICTURE_COLUMNS = 60
@@ -67,6 +69,11 @@ def read_picture(name: str) -> tuple[bytes, "Image.Image"]:
         return data, decode_named(data, name)
     data = sys.stdin.buffer.read(MAX_BYTES + 1)  # one too many: decode_image says that it is too large
     return data, decode_named(data, "stdin")
+
+
+def at_detail(image: "Image.Image", detail: "Detail", engine: Engine) -> EngineImage:
+    """What the engine is given of a picture: all of it, or its overview."""
+    return image if detail == "high" else overview(image, engine.tile_size)
 
 
 def is_file(name: str) -> bool:

@@ -51,6 +51,7 @@ class TorchEngine:
         config = model.config
         self.renderer = Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id)
         self.context_tokens: int = config.text_config.max_position_embeddings
+        self.tile_size = model.vision.tile_size
         self._seen: OrderedDict[str, ImageFeatures] = OrderedDict()  # the latest last
 
     def stream(

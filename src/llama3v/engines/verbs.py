@@ -1,5 +1,6 @@
 """The verbs that answer: `ask` here, `chat` and `caption` in files of their own."""
 
+import json
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ from llama3v.data.sources.folder import IMAGE_SUFFIXES
 from llama3v.engines.base import Engine
 from llama3v.engines.captions import caption
 from llama3v.engines.chat import chat
-from llama3v.engines.terminal import STDIN, is_file, open_engine, read_picture, write, write_summary
+from llama3v.engines.terminal import STDIN, at_detail, is_file, open_engine, read_picture, write, write_summary
 from llama3v.errors import ConfigError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key
@@ -18,7 +19,7 @@ __all__ = ["ask", "caption", "chat"]
 
 
 def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
-    """Answer one question about images (or about none); the answer streams to stdout.
+    """Answer one question about images (or about none); the answer streams to stdout, or is part of one JSON object.
 
     Args:
         engine: runs the model; default: a TorchEngine of `config.model`.
@@ -34,7 +35,7 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     turns = [Turn("user", question, tuple(range(len(pictures))))]
     stream = engine.stream(
         turns,
-        [image for _, image in pictures],
+        [at_detail(image, config.detail, engine) for _, image in pictures],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed=config.seed,
@@ -44,8 +45,8 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     for piece in stream:
         first = first or time.perf_counter()
         pieces.append(piece)
-        write(piece)
-    write("\n")
+        if not config.json:
+            write(piece)
     ended = time.perf_counter()
     summary = {
         "verb": "ask",
@@ -57,10 +58,12 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "seed": config.seed,
+        "detail": config.detail,
         "seconds_to_load": round(loaded - started, 3),
         "seconds_to_first_text": round((first or ended) - loaded, 3),
         "seconds": round(ended - started, 3),
     }
+    write((json.dumps(summary) if config.json else "") + "\n")
     return write_summary(config.out, summary)
 
 

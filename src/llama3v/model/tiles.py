@@ -158,6 +158,11 @@ def make_tiles(image: Image.Image, tile_size: int = 384, max_tiles: int = 6) -> 
     return Tiles(np.concatenate(tiles), grid)
 
 
+def overview(image: Image.Image, tile_size: int) -> Image.Image:
+    """The overview alone, as a picture: `make_tiles` of it gives that one tile (detail "low")."""
+    return Image.fromarray(_resize(image, 1, 1, tile_size)[0])
+
+
 def to_pixels(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> "torch.Tensor":
     """uint8 tiles [n, S, S, 3] -> float32 [n, 3, S, S], (value / 255 - mean) / std in each channel."""
     import torch
