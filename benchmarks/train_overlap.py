@@ -120,7 +120,12 @@ def _rows_of(config: PretrainConfig) -> tuple[Any, list[tuple[Batch, int]]]:
     manifest = manifest_of(model.vision.fingerprint(), tile_size=model.vision.tile_size, max_tiles=config.max_tiles)
     with contextlib.closing(CachedFeatures(CacheReader(config.cache, manifest=manifest))) as source:
         plan = RowPlan(
-            data.lengths.tolist(), config.row_tokens, config.rows_per_step, config.rows_per_pass, config.seed
+            data.lengths.tolist(),
+            config.row_tokens,
+            config.rows_per_step,
+            config.rows_per_pass,
+            config.seed,
+            data.tiles.tolist(),
         )
         passes = [make_pass(step, plan, data, source, model.config.image_token_id) for step in range(config.steps)]
     return model, [(one.batch, one.supervised_of_step) for one in passes]

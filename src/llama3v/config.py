@@ -19,9 +19,11 @@ Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
 Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 Parallel = Literal["auto", "ddp", "fsdp"]
+Attention = Literal["auto", "sdpa", "flex"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
 Detail = Literal["low", "high"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
 MAX_TILES = 6
@@ -275,7 +277,10 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the data, where `steps` is not given."""
     row_tokens: int = 2048
-    """Tokens in a packed row (visual and text). A longer sample goes to the ledger; none is cut short."""
+    """Tokens in a packed row (visual and text)."""
+    too_long: Literal["leave-out", "error"] = "leave-out"
+    """What becomes of a sample that is longer than a row: it goes to the ledger, or the run stops before it trains.
+    None is ever cut short."""
     rows_per_step: int = 8
     """Packed rows in one optimizer step (the global batch, of all processes)."""
     rows_per_pass: int = 8
@@ -301,6 +306,9 @@ class TrainConfig:
     llm_weights: LlmWeights = "fp32"
     """How the LLM is held where its own weights do not train: fp32; bf16 (with --precision bf16); int8 or nf4, for
     small GPUs (needs the extra `lora`). Other than fp32, --out refers to the LLM instead of holding it."""
+    attention: Attention = "auto"
+    """How packed rows attend. sdpa: everywhere. flex: FlexAttention, which skips what samples do not see of each
+    other. auto: that on a GPU under bf16, if it agrees with sdpa there; sdpa otherwise."""
     seed: int = 0
     """Seed of the order, the packing and new weights."""
     checkpoint_every: int = 200
@@ -313,6 +321,15 @@ class TrainConfig:
     """Steps between validations (default: only at the end)."""
     validation_samples: int = 256
     """Samples of `validation` that are used."""
+    sample_every: MaybeInt = None
+    """Steps between sample answers: what the model says about a few pictures, of `validation` if there is one
+    (default: only at the end)."""
+    stop_on_alarm: Annotated[bool, FlagCreatePairsOff] = False
+    """Stop, with a checkpoint, at a loss far above those of the steps before (without: it is told, no more)."""
+    trackers: Annotated[
+        tuple[Tracker, ...], arg(metavar="[{tensorboard,wandb,trackio} ...]", help_behavior_hint="")
+    ] = ()
+    """Where the figures go beside metrics.jsonl (each needs the extra of its name)."""
     limit: MaybeInt = None
     """Use only the first N samples of each data set."""
     max_bad_ratio: float = 0.05
@@ -353,6 +370,10 @@ class TrainConfig:
             f"--parallel fsdp shards weights in fp32; with --llm-weights {self.llm_weights} use --parallel ddp",
         )
         _require(self.rank_timeout > 0, f"--rank-timeout is {self.rank_timeout}; give more than 0 seconds")
+        _require(
+            self.sample_every is None or self.sample_every >= 1,
+            f"--sample-every is {self.sample_every}; give 1 or more",
+        )
         _require(0 <= self.warmup < 1, f"--warmup is {self.warmup}; give a share between 0 and 1")
         _require(
             self.min_score is None or 0 <= self.min_score <= 1,

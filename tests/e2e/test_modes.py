@@ -243,7 +243,7 @@ def last_image_of_the_first_epoch(out: Path, data: Path) -> Path:
     directory = out / "prepared" / "training"
     prepared = load_prepared(directory, json.loads((directory / "prepared.json").read_text())["made_from"])
     assert prepared is not None
-    rows = RowPlan(prepared.lengths.tolist(), 128, 2, 1, seed=0).epoch(0)
+    rows = RowPlan(prepared.lengths.tolist(), 128, 2, 1, seed=0, tiles=prepared.tiles.tolist()).epoch(0)
     return data.parent / json.loads(data.read_text())[rows[-1][-1]]["image"]
 
 

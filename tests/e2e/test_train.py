@@ -67,6 +67,7 @@ def stage1_options(common, tiny_vision_dir, tiny_llm_dir):
         "learning_rate": 1e-2,
         "validation": common["data"][0],
         "validate_every": 5,
+        "sample_every": 5,
     }
 
 
@@ -98,7 +99,7 @@ def test_pretrain_changes_the_projector_and_nothing_else(stage1, stage1_options)
 
 def test_a_run_leaves_what_it_promises(stage1):
     out, summary = stage1
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "curves.png", "ledger.jsonl"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "curves.png", "ledger.jsonl", "report.html"):
         assert (out / name).is_file(), name
     assert json.loads((out / "summary.json").read_text()) == summary
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -113,6 +114,50 @@ def test_a_run_leaves_what_it_promises(stage1):
         "step-00000008",
         "step-00000012",
     ]
+
+
+def answers(out):
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_run_shows_what_it_answers_with_pictures(stage1):
+    out, _ = stage1
+    lines = answers(out)
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    for line in lines:
+        assert len(line["samples"]) == 8
+        for sample in line["samples"]:
+            assert sample["question"] == "What colour?"
+            assert re.fullmatch(r"It is (red|green|blue|yellow)\.", sample["expected"])
+            assert len(sample["pictures"]) == 1
+            assert (out / sample["pictures"][0]).read_bytes().startswith(b"\x89PNG")
+    assert len({sample["id"] for sample in lines[0]["samples"]}) == 8
+    html = (out / "report.html").read_text()
+    for part in (
+        "finished after 12 steps",
+        "What colour?",
+        "step 12",
+        "validation loss",
+        "projector.*",
+        "learning_rate",
+    ):
+        assert part in html
+    assert html.count("<figure>") == 8
+
+
+def test_sample_answers_are_those_of_the_model_alone(stage1, data):
+    """Packed and batched with left padding, or one by one through the engine: the same greedy words."""
+    from llama3v.engines.torch import TorchEngine
+    from llama3v.model.prompt import Turn
+    from llama3v.train.samples import ANSWER_TOKENS
+
+    out, _ = stage1
+    engine = TorchEngine(out)
+    pictures = {row["id"]: data.parent / row["image"] for row in json.loads(data.read_text())}
+    for sample in answers(out)[-1]["samples"][:3]:
+        turns = [Turn("user", sample["question"], images=(0,))]
+        image = pictures[sample["id"]].read_bytes()
+        assert engine.answer(turns, [image], max_new_tokens=ANSWER_TOKENS) == sample["answer"]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +229,8 @@ def interrupted(monkeypatch, tmp_path, stage1_options):
             run.pretrain(PretrainConfig(out=out, **stage1_options), console=console)
     assert stopped.value.code == 143
     assert "stopped by SIGTERM after step 6 of 12" in console.export_text()
+    assert "stopped by SIGTERM after step 6 of 12" in (out / "report.html").read_text()
+    assert not (out / "summary.json").exists()
     return out
 
 
@@ -191,6 +238,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(interrupted, stage1, stage1
     before = json.loads((interrupted / "checkpoints" / "step-00000006" / "state.json").read_text())
     summary = run.pretrain(PretrainConfig(out=interrupted, **stage1_options), console=quiet())
     assert losses(interrupted) == losses(stage1[0])
+    said = [
+        [[sample["answer"] for sample in line["samples"]] for line in answers(out)] for out in (interrupted, stage1[0])
+    ]
+    assert said[0] == said[1]
     assert (interrupted / "model.safetensors").read_bytes() == (stage1[0] / "model.safetensors").read_bytes()
     for name in ("visual_tokens", "text_tokens", "supervised_tokens", "tiles"):
         assert summary[name] == stage1[1][name]
@@ -297,6 +348,8 @@ def test_samples_that_cannot_be_used_are_left_out_with_a_reason(tmp_path, stage1
     assert reasons["picture-0"] == "longer than a row"
     assert reasons["picture-2"] == "image not in the cache"
     assert set(reasons) == {"picture-0", "picture-1", "picture-2"}
+    with pytest.raises(DataError, match=r"sample picture-0: expected at most 128 tokens .* --too-long leave-out"):
+        run.pretrain(PretrainConfig(out=tmp_path / "refused", too_long="error", **options), console=quiet())
 
 
 def test_loss_that_stays_not_finite_stops_the_run(tmp_path, monkeypatch, stage1_options):

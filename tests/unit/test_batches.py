@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llama3v.model.slicing import Grid
 from llama3v.train.batches import Ahead, RowPlan, assemble, make_pass
 from llama3v.train.features.base import FeatureSource
+from llama3v.train.names import MOST_SHOWN, ShownSample, names_of, shown_samples
 from llama3v.train.prepared import PreparedWriter, load_prepared
 from llama3v.train.validation import shuffle_images
 
@@ -32,7 +33,7 @@ def write(directory, samples):
             ids[1 : 1 + visual] = IMAGE
             supervised = np.zeros(length, np.uint8)
             supervised[-(length // 3) :] = 1
-            writer.add(ids, supervised, keys, grids)
+            writer.add(ids, supervised, keys, grids, ShownSample(number, f"sample-{number}", 0, tuple(keys), "q", "a"))
         return writer.commit({"test": 1}, left_out=0, not_in_cache=0)
 
 
@@ -172,3 +173,18 @@ def test_shuffled_images_are_other_images_of_the_same_grids(tmp_path):
 def test_shuffling_finds_no_image_for_those_that_have_no_other(tmp_path):
     samples = [(30, [key(1)], [Grid(1, 1)])] * 3 + [(30, [key(2)], [Grid(2, 1)])]
     assert shuffle_images(write(tmp_path / "prepared", samples)) == {}
+
+
+def test_samples_are_found_by_name_and_a_few_with_images_are_shown(tmp_path):
+    samples = [(30, [key(1)], [Grid(1, 1)]) if number % 2 else (9, [], []) for number in range(60)]
+    data = write(tmp_path / "prepared", samples)
+    assert names_of(data.directory, [7, 0, 59]) == ["sample-7", "sample-0", "sample-59"]
+    shown = shown_samples(data.directory)
+    assert len(shown) == MOST_SHOWN
+    assert all(sample.images for sample in shown)
+    assert max(sample.sample for sample in shown) > 20  # not just the first ones
+    assert shown == shown_samples(write(tmp_path / "again", samples).directory)
+    text_only = write(tmp_path / "text", [(9, [], [])] * 3)
+    assert [sample.sample for sample in shown_samples(text_only.directory)] == [0, 1, 2]
+    (data.directory / "shown.json").unlink()
+    assert load_prepared(data.directory, {"test": 1}) is None  # made again

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama3v.data.packing import WINDOW, fill, pack
+from llama3v.data.packing import CANDIDATES, WINDOW, arrange, deal, even_out, fill, loads, pack
 from llama3v.errors import DataError
 
 
@@ -105,3 +105,81 @@ def test_a_sample_that_is_empty_or_longer_than_a_row_is_refused(length: int) -> 
 def test_no_samples_make_no_rows() -> None:
     assert pack([], 10, seed=0, epoch=0) == []
     assert fill([], [], 10) == 0
+
+
+def mixed(random: np.random.Generator, n: int) -> tuple[list[int], list[int]]:
+    """Text only, one image, and several sliced ones, side by side: (tokens, tiles)."""
+    text = np.minimum(20 + random.lognormal(5, 0.8, n).astype(int), 1200)
+    tiles = random.choice([0, 1, 3, 5, 7], n, p=[0.3, 0.3, 0.15, 0.1, 0.15])
+    return (81 * tiles + text).tolist(), tiles.tolist()
+
+
+def spread_of_steps(rows: list[list[int]], lengths: list[int], tiles: list[int], size: int) -> tuple[float, float]:
+    """Of groups of `size` rows: the standard deviation of tiles and of attention pairs, against their means."""
+    load = loads(rows, lengths, tiles)
+    sums = load[: len(load) // size * size].reshape(-1, size, 3).sum(axis=1)
+    return tuple((sums.std(axis=0) / sums.mean(axis=0))[1:])
+
+
+def test_steps_are_alike_in_tiles_and_attention_whatever_their_size() -> None:
+    lengths, tiles = mixed(np.random.default_rng(0), 12_000)
+    plain = pack(lengths, 2048, seed=0, epoch=0)
+    even = pack(lengths, 2048, seed=0, epoch=0, tiles=tiles)
+    assert sorted(plain) == sorted(even)  # the same rows, as full as before
+    assert fill(even, lengths, 2048) >= 0.97
+    for size, most in ((8, 0.08), (32, 0.03), (128, 0.015)):
+        for before, after in zip(
+            spread_of_steps(plain, lengths, tiles, size), spread_of_steps(even, lengths, tiles, size), strict=True
+        ):
+            assert after < most
+            assert after < before / 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 9)), max_size=300), st.integers(0, 3))
+def test_evening_out_loses_no_sample_in_any_mix(samples: list[tuple[int, int]], epoch: int) -> None:
+    lengths, tiles = [length for length, _ in samples], [count for _, count in samples]
+    rows = pack(lengths, 100, seed=0, epoch=epoch, tiles=tiles)
+    assert sorted(index for row in rows for index in row) == list(range(len(samples)))
+    assert rows == pack(lengths, 100, seed=0, epoch=epoch, tiles=tiles)
+
+
+def test_evening_out_moves_rows_by_a_little_only() -> None:
+    lengths, tiles = mixed(np.random.default_rng(0), 12_000)
+    rows = pack(lengths, 2048, seed=0, epoch=0)
+    order = even_out(loads(rows, lengths, tiles))
+    assert sorted(order) == list(range(len(rows)))
+    moved = np.abs(np.arange(len(rows)) - order)
+    assert np.median(moved) <= CANDIDATES
+    first = set(order[: len(rows) // 2])
+    assert len(first & set(range(len(rows) // 2))) > 0.95 * len(first)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(0.1, 10), max_size=24), st.integers(1, 9), st.integers(1, 4))
+def test_rows_of_a_step_are_arranged_without_losing_one(load: list[float], rows_per_pass: int, ranks: int) -> None:
+    load = load * ranks  # ranks divide the rows of a step
+    assert sorted(arrange(load, rows_per_pass, ranks)) == list(range(len(load)))
+    assert [len(share) for share in deal(load, [len(load) - 1, 1] if load else [])] == (
+        [len(load) - 1, 1] if load else []
+    )
+
+
+@pytest.mark.parametrize(("rows_per_pass", "ranks"), [(8, 1), (4, 2), (2, 8)])
+def test_no_rank_or_pass_is_far_heavier_than_another(rows_per_pass: int, ranks: int) -> None:
+    lengths, tiles = mixed(np.random.default_rng(0), 12_000)
+    rows = pack(lengths, 2048, seed=0, epoch=0, tiles=tiles)
+    load = loads(rows, lengths, tiles).sum(axis=1)
+
+    def worst(order: Callable[[np.ndarray], list[int]]) -> float:
+        """The heaviest pass of any rank against the mean of its step, over all steps."""
+        ratios = []
+        for step in range(len(rows) // 64):
+            some = load[64 * step : 64 * step + 64]
+            placed = some[order(some)].reshape(-1, rows_per_pass, ranks)  # [passes, rows of a pass, ranks]
+            ratios.append(placed.sum(axis=1).max() / placed.sum(axis=1).mean())
+        return max(ratios)
+
+    arranged = worst(lambda some: arrange(some.tolist(), rows_per_pass, ranks))
+    assert arranged < 1.25
+    assert arranged - 1 < 0.5 * (worst(lambda some: list(range(64))) - 1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama3v.data.packing import pack
+from llama3v.data.packing import arrange, loads, pack
 from llama3v.train.features.base import FeatureSource
 from llama3v.train.prepared import PreparedData
 
@@ -85,6 +85,7 @@ class RowPlan:
         row_tokens: length of a row.
         rows_per_step: rows of a step, on all ranks. Their number must divide it (parallel/placement.py sees to it).
         rows_per_pass: rows of a pass on each rank (the last pass of a step may have fewer).
+        tiles: of every sample; with them, steps, passes and ranks are alike in what they make to do.
         rank, ranks: this rank's number, and how many there are.
     """
 
@@ -95,12 +96,15 @@ class RowPlan:
         rows_per_step: int,
         rows_per_pass: int,
         seed: int,
+        tiles: Sequence[int] | None = None,
         *,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         assert rows_per_step % ranks == 0, f"{rows_per_step} rows cannot be shared out evenly among {ranks}"
         self._lengths, self._row_tokens, self._seed = list(lengths), row_tokens, seed
+        self._length_array = np.asarray(self._lengths)
+        self._tiles = None if tiles is None else np.asarray(tiles)
         self._rank, self._ranks = rank, ranks
         self.rows_per_step, self.rows_per_pass = rows_per_step, min(rows_per_pass, rows_per_step // ranks)
         self._lock = threading.RLock()
@@ -118,7 +122,9 @@ class RowPlan:
             if number not in self._epochs:
                 if len(self._epochs) > 1:
                     del self._epochs[next(iter(self._epochs))]
-                self._epochs[number] = pack(self._lengths, self._row_tokens, seed=self._seed, epoch=number)
+                self._epochs[number] = pack(
+                    self._lengths, self._row_tokens, seed=self._seed, epoch=number, tiles=self._tiles
+                )
             return self._epochs[number]
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -138,10 +144,16 @@ class RowPlan:
         while len(rows) < self.rows_per_step:
             rows += self.epoch(epoch)[first : first + self.rows_per_step - len(rows)]
             epoch, first = epoch + 1, 0
-        return rows
+        if self._tiles is None:
+            return rows
+        load = loads(rows, self._length_array, self._tiles).sum(axis=1)
+        return [rows[index] for index in arrange(load.tolist(), self.rows_per_pass, self._ranks)]
 
     def share(self, rows: list[list[int]]) -> list[list[int]]:
-        """Of a step's rows, those of this rank: every `ranks`-th, so that ranks have equal shares of an epoch."""
+        """Of a step's rows, those of this rank: every `ranks`-th, so that ranks have equal shares of an epoch.
+
+        `packing.arrange` counts on it.
+        """
         return rows[self._rank :: self._ranks]
 
     def epochs_in(self, steps: int) -> float:

@@ -20,6 +20,7 @@ from llama3v.model.prompt import Renderer
 from llama3v.model.slicing import Grid
 from llama3v.train.features.base import ImageLookup, NotFoundError
 from llama3v.train.locations import LocationsWriter
+from llama3v.train.names import ShownSample
 from llama3v.train.pair_filter import TOO_LOW, PairFilter
 from llama3v.train.prepared import PreparedData, PreparedWriter, load_prepared
 
@@ -43,6 +44,7 @@ class Preparation:
         row_tokens: longest sample that fits.
         made_from: what the result depends on beside these: tokenizer, prompt, fingerprint of the cache.
         max_bad_ratio: largest share of the samples that may be left out.
+        refuse_too_long: whether a sample that does not fit is an error, instead of one that is left out.
         encode_command: data set -> the command that fills the cache with it.
         pair_filter: leaves out samples whose images and texts do not belong together.
     """
@@ -57,6 +59,7 @@ class Preparation:
     encode_command: Callable[[str], str]
     with_locations: bool = False
     pair_filter: PairFilter | None = None
+    refuse_too_long: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
 
     Raises:
         CacheError: no image of a data set is found, or a pair has no score. DataError: all samples, or too many, cannot
-            be used.
+            be used; or one is too long, where that is refused.
     """
     found = load_prepared(directory, preparation.identity, with_locations=preparation.with_locations)
     if found is not None and (keep or not found.not_in_cache):
@@ -89,7 +92,8 @@ def prepare(preparation: Preparation, directory: Path, ledger_path: Path, *, kee
             for item, found_images in read_ahead(pool, images.of, source, LOOKED_UP_AHEAD):
                 total += 1
                 try:
-                    writer.add(*_render(item, found_images, preparation, name))
+                    rendered = _render(item, found_images, preparation, name)
+                    writer.add(*rendered, _for_people(item, number, len(writer)))
                 except _LeftOutError as error:
                     ledger.leave_out(item.id, error.reason, by_choice=error.by_choice, data=name, **error.detail)
                     missing += error.not_found
@@ -139,12 +143,25 @@ def _render(
     except PromptError as error:
         raise _LeftOutError(str(error)) from error
     if len(rendered.ids) > preparation.row_tokens:
+        if preparation.refuse_too_long:
+            raise DataError(
+                f"sample {item.id}: expected at most {preparation.row_tokens} tokens (--row-tokens), found "
+                f"{len(rendered.ids)}; give longer rows, or --too-long leave-out to do without such samples"
+            )
         raise _LeftOutError(TOO_LONG, tokens=len(rendered.ids), row_tokens=preparation.row_tokens)
     supervised = np.zeros(len(rendered.ids), np.uint8)
     for start, end in rendered.spans:
         supervised[start:end] = 1
     assert not supervised[0], "a sample begins with a header, which has no loss"
     return np.asarray(rendered.ids, np.int32), supervised, keys, grids
+
+
+def _for_people(item: Sample | Rejected, source: int, sample: int) -> ShownSample:
+    assert isinstance(item, Sample), "what is rendered is a sample"
+    answer = next(number for number, turn in enumerate(item.turns) if turn.role == "assistant")
+    question = next((turn.text for turn in reversed(item.turns[:answer]) if turn.role == "user"), "")
+    images = tuple(item.images[image].name for turn in item.turns[:answer] for image in turn.images)
+    return ShownSample(sample, item.id, source, images, question, item.turns[answer].text)
 
 
 def _is_trained_on(item: Sample | Rejected) -> TypeGuard[Sample]:

@@ -30,6 +30,7 @@ from llama3v.train.locations import locate_in
 from llama3v.train.pair_filter import PairFilter, open_filter
 from llama3v.train.prepared import PreparedData, load_prepared
 from llama3v.train.resume import refuse_drift, tokenizer_digest
+from llama3v.train.samples import Questions
 from llama3v.train.validation import Validation
 
 BROKEN = "broken-images.jsonl"
@@ -39,10 +40,11 @@ Model = Llama3VForConditionalGeneration
 
 @dataclass(frozen=True)
 class Inputs:
-    """See above; `validation` is None where there is nothing to validate with."""
+    """See above; `validation` is None where there is nothing to validate with. `questions`: whose answers are shown."""
 
     data: PreparedData
     validation: Validation | None
+    questions: Questions
 
 
 def open_inputs(
@@ -86,7 +88,11 @@ def open_inputs(
     validation = None
     if config.validation is not None:
         validation = Validation(prepared[1][0], source, config.row_tokens, config.rows_per_pass)
-    return Inputs(prepared[0][0], validation)
+    asked, made = prepared[-1]  # held out, if there are any
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    bf16 = config.precision == "bf16"
+    questions = Questions(asked, source, made.sources, made.renderer.stop_ids, decode, bf16=bf16)
+    return Inputs(prepared[0][0], validation, questions)
 
 
 def _taken_from_main(preparation: Preparation, directory: Path, ledger: Path) -> PreparedData:
@@ -209,4 +215,5 @@ def _preparation(
         encode_command=lambda data: encode_command(config, data, encode_options),
         with_locations=source.needs_files,
         pair_filter=pair_filter,
+        refuse_too_long=config.too_long == "error",
     )

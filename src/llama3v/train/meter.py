@@ -185,6 +185,8 @@ def trim_metrics(path: Path, step: int) -> float:
     Returns the seconds of the last line there was: time that was spent, even if its steps were lost.
     """
     seconds = 0.0
+    if not path.exists():
+        return seconds
     temporary = path.with_name(f".{path.name}.trimmed")
     with temporary.open("w") as file:
         for record in read_metrics(path):

@@ -5,6 +5,7 @@
       supervised.bin    uint8, 1 where a token has loss
       index.safetensors starts [samples + 1], image_starts [samples + 1], labels [samples] (tokens with loss),
                         keys [images, 32] (hexadecimal digits), grids [images, 2]
+      names.jsonl, shown.json  for people (names.py)
       locations.safetensors  only in modes that read images while they train (locations.py)
       prepared.json     what it was made from, and the digest of the three files
 
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama3v.model.slicing import Grid
 from llama3v.train.locations import LOCATIONS, Locations, LocationsWriter
+from llama3v.train.names import NamesWriter, ShownSample, has_names
 
 FORMAT = 1
 TOKENS, SUPERVISED, INDEX, DESCRIPTION = "tokens.bin", "supervised.bin", "index.safetensors", "prepared.json"
@@ -35,6 +37,7 @@ class PreparedData:
     """Rendered samples. Sample i has the tokens `starts[i]:starts[i + 1]`, and its images likewise.
 
     Attributes:
+        directory: where it lies.
         made_from: what the data is a function of, in words.
         digest: hash of all that training reads.
         left_out: samples of the sources that are not here; the ledger has the reasons.
@@ -56,6 +59,7 @@ class PreparedData:
     not_in_cache: int
     below_min_score: int
     locations: Locations | None
+    directory: Path = Path()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -64,6 +68,13 @@ class PreparedData:
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, visual tokens included."""
         return np.diff(self.starts)
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """Tiles of every sample, overviews included."""
+        slices = self.grids.prod(axis=1)
+        ends = np.concatenate([[0], np.cumsum(np.where(slices == 1, 1, slices + 1))])
+        return ends[self.image_starts[1:]] - ends[self.image_starts[:-1]]
 
     def length(self, sample: int) -> int:
         """Tokens of one sample."""
@@ -91,6 +102,7 @@ class PreparedWriter:
         self._temporary.mkdir(parents=True)
         self._tokens = (self._temporary / TOKENS).open("wb")
         self._supervised = (self._temporary / SUPERVISED).open("wb")
+        self._names = NamesWriter(self._temporary)
         self._starts, self._image_starts = array("q", [0]), array("q", [0])
         self._labels, self._keys, self._grids = array("i"), bytearray(), array("i")
 
@@ -101,12 +113,14 @@ class PreparedWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tokens.close()
-        self._supervised.close()
+        self._close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def add(self, ids: np.ndarray, supervised: np.ndarray, keys: Sequence[str], grids: Sequence[Grid]) -> None:
-        """Add one sample: ids int32 [tokens], supervised uint8 [tokens], keys and grids of its images."""
+    def add(
+        self, ids: np.ndarray, supervised: np.ndarray, keys: Sequence[str], grids: Sequence[Grid], shown: ShownSample
+    ) -> None:
+        """Add one sample: ids int32 [tokens], supervised uint8 [tokens], keys and grids of its images; and for people."""
+        self._names.add(shown)
         self._tokens.write(ids.tobytes())
         self._supervised.write(supervised.tobytes())
         self._labels.append(int(supervised.sum()))
@@ -121,8 +135,8 @@ class PreparedWriter:
         self, made_from: dict[str, Any], *, left_out: int, not_in_cache: int, below_min_score: int = 0
     ) -> PreparedData:
         """Move what was added to its place and open it."""
-        self._tokens.close()
-        self._supervised.close()
+        self._close()
+        self._names.commit()
         arrays: dict[str, np.ndarray] = {
             "starts": np.asarray(self._starts, np.int64),
             "image_starts": np.asarray(self._image_starts, np.int64),
@@ -150,6 +164,11 @@ class PreparedWriter:
         assert found is not None, "what was just written loads"
         return found
 
+    def _close(self) -> None:
+        self._tokens.close()
+        self._supervised.close()
+        self._names.close()
+
 
 def load_prepared(directory: Path, made_from: dict[str, Any], *, with_locations: bool = False) -> PreparedData | None:
     """The data in `directory`, or None where there is none, it was made from something else, or is damaged.
@@ -163,12 +182,13 @@ def load_prepared(directory: Path, made_from: dict[str, Any], *, with_locations:
         description = json.loads((directory / DESCRIPTION).read_text())
         if (description["format"], description["made_from"]) != (FORMAT, made_from):
             return None
-        if description["digest"] != digest_of(directory):
+        if description["digest"] != digest_of(directory) or not has_names(directory):
             return None
         locations = _locations_digest(directory)
         if with_locations and (not locations or description.get("locations") != locations):
             return None
         return PreparedData(
+            directory=directory,
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
             supervised=np.memmap(directory / SUPERVISED, np.uint8, mode="r"),
             made_from=made_from,

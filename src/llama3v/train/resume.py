@@ -30,8 +30,8 @@ FREE = frozenset(
             "max_bad_ratio",
         ),
         *("rows_per_pass", "validation", "validate_every", "validation_samples", "mode", "ring"),
-        *("budget", "preemption_hours"),
         *("parallel", "rank_timeout", "activation_checkpointing"),
+        *("budget", "preemption_hours", "sample_every", "stop_on_alarm", "trackers", "too_long", "attention"),
     }
 )
 # Options whose effect is compared instead: names of things that carry a digest, and what decides the number of steps.

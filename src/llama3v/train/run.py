@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llama3v import recipes
 from llama3v.config import PretrainConfig, SftConfig, TrainConfig
-from llama3v.data.packing import fill
+from llama3v.data import packing
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, save_model
 from llama3v.train import curves, stages, start
+from llama3v.train.attention import choose_attention
 from llama3v.train.batches import RowPlan, make_pass
 from llama3v.train.checkpoint import Checkpoint, Checkpoints, replace_durably, told_when_full
 from llama3v.train.dry_run import dry_run
@@ -40,10 +41,12 @@ from llama3v.train.resume import (
     trajectory_options,
     weights_digest,
 )
+from llama3v.train.samples import SampleAnswers
 from llama3v.train.saving import Saver
 from llama3v.train.signals import StopRequest
 from llama3v.train.step import recompute_activations, set_modes
 from llama3v.train.summary import finished_run, summarise
+from llama3v.train.train_report import write_report
 
 BETAS = (0.9, 0.95)  # as Llama was trained (arXiv 2302.13971, section 2.3)
 
@@ -138,13 +141,15 @@ def _train(stage: _Stage, console: Console, ranks: Ranks, stack: ExitStack) -> d
     refuse_unequal(ranks, state["identity"])
     if checkpoint is not None:
         refuse_drift(checkpoint.state["identity"], state["identity"], config.out)
-    fullness = fill(plan.epoch(0), data.lengths.tolist(), config.row_tokens)
+    fullness = packing.fill(plan.epoch(0), data.lengths.tolist(), config.row_tokens)
     _describe_data(console, data, plan, fullness, steps)
     _announce_resume(console, checkpoint, steps, state["environment"])
 
     set_modes(model)
-    placed = _place(config, model, ranks)
-    instruments = open_instruments(config, stage.name, model, checkpoint, steps, begun, ranks)
+    placed = _place(config, model, ranks, console)
+    instruments = open_instruments(
+        config, stage.name, placed, checkpoint, steps, begun, data=data, plan=plan, questions=inputs.questions
+    )
     loop = Loop(
         placed=placed,
         optimizer=torch.optim.AdamW(parameters_of(model, groups), betas=BETAS, fused=True),
@@ -161,21 +166,27 @@ def _train(stage: _Stage, console: Console, ranks: Ranks, stack: ExitStack) -> d
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
-    source.expect(_demand(config, inputs, plan, loop))
+    source.expect(_demand(config, inputs, plan, loop, instruments.answers))
     with StopRequest() as stop, instruments.watching(console, loop.progress.step, stop) as display:
         stop.then(source.stop)
         stop.patient = not ranks.alone
         source.report_waiting(display.note)
         done = loop.run(stop)
+    summarised = partial(summarise, stage.name, stage.policy, config, loop, data, plan, lines, fullness)
     if not done:
-        raise _stopped(console, stop, loop)
+        stopped = _stopped(stop, loop)
+        if loop.progress.step and ranks.is_main:
+            write_report(config.out, stage.title, summarised(finished=False), stopped)
+        _say(console, stopped)
+        raise SystemExit(stop.exit_code)
     source.finished()
     placed.make_whole()
 
     def leave_results() -> dict[str, Any]:
         curves.draw(instruments.metrics.path, config.out / "curves.png", stage.title)
         save_model(model, tokenizer, config.out)
-        summary = summarise(stage.name, stage.policy, config, loop, data, plan, lines, fullness)
+        summary = summarised(finished=True)
+        write_report(config.out, stage.title, summary, f"finished after {steps:,} steps")
         replace_durably(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
@@ -193,14 +204,18 @@ def _after_main(ranks: Ranks, open_them: Callable[..., Inputs]) -> Inputs:
 
 def _plan(config: TrainConfig, data: PreparedData, ranks: Ranks) -> RowPlan:
     rows = config.row_tokens, config.rows_per_step, config.rows_per_pass
-    return RowPlan(data.lengths.tolist(), *rows, config.seed, rank=ranks.number, ranks=ranks.count)
+    return RowPlan(data.lengths.tolist(), *rows, config.seed, data.tiles.tolist(), rank=ranks.number, ranks=ranks.count)
 
 
-def _place(config: TrainConfig, model: Model, ranks: Ranks) -> Placement:
+def _place(config: TrainConfig, model: Model, ranks: Ranks, console: Console) -> Placement:
     if config.activation_checkpointing:
         recompute_activations(model)
     device = torch.device("cuda", ranks.local) if torch.cuda.is_available() else torch.device("cpu")
-    return place(config.parallel, model, device, bf16=config.precision == "bf16", ranks=ranks)
+    bf16 = config.precision == "bf16"
+    chosen = choose_attention(model.llm, device, config.attention, bf16=bf16)
+    if device.type == "cuda":
+        _say(console, f"attention: {chosen}")
+    return place(config.parallel, model, device, bf16=bf16, ranks=ranks)
 
 
 def _saver(config: TrainConfig, placed: Placement) -> Saver:
@@ -236,6 +251,7 @@ def _identity(
         "tokenizer": tokenizer_digest(tokenizer),
         "made_from": data.made_from,
         "data": {"samples": len(data), "digest": data.digest},
+        "packing": packing.VERSION,
     }
 
 
@@ -250,13 +266,15 @@ def _schedule(config: TrainConfig, plan: RowPlan, steps: int) -> Schedule:
     )
 
 
-def _demand(config: TrainConfig, inputs: Inputs, plan: RowPlan, loop: Loop) -> Demand:
+def _demand(config: TrainConfig, inputs: Inputs, plan: RowPlan, loop: Loop, answers: SampleAnswers) -> Demand:
     validation, schedule = inputs.validation, loop.schedule
 
     def keys_of(step: int) -> list[str]:
         keys = [key for row in plan.rows(step) for sample in row for key in inputs.data.images(sample)]
         if validation is not None and schedule.validates_after(step + 1):
             keys += [key for sample in range(len(validation.data)) for key in validation.data.images(sample)]
+        if answers.due(step + 1):
+            keys += answers.images
         return list(dict.fromkeys(keys))
 
     epoch_steps = -(-len(plan.epoch(0)) // plan.rows_per_step)
@@ -281,12 +299,11 @@ def _announce_resume(console: Console, checkpoint: Checkpoint | None, steps: int
         _say(console, f"{'; '.join(changed)}: the losses agree with an uninterrupted run's, but not to the last bit")
 
 
-def _stopped(console: Console, stop: StopRequest, loop: Loop) -> SystemExit:
-    """Say in one line how things stand, and with which code to leave."""
+def _stopped(stop: StopRequest, loop: Loop) -> str:
+    """In one line, how things stand."""
     step, steps = loop.progress.step, loop.schedule.steps
     kept = "its checkpoint is written" if step else "there is nothing to keep yet"
-    _say(console, f"stopped by {stop.reason} after step {step} of {steps}; {kept}: {stop.advice}")
-    return SystemExit(stop.exit_code)
+    return f"stopped by {stop.reason} after step {step} of {steps}; {kept}: {stop.advice}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
-from llama3v.train.batches import Batch, attention_mask
+from llama3v.train.attention import mask_for
+from llama3v.train.batches import Batch
 from llama3v.train.loss import losses_of, supervised_loss
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def trained_visual(model: Llama3VForConditionalGeneration) -> list[nn.Parameter]
 def hidden_states(model: Llama3VForConditionalGeneration, batch: Batch) -> Tensor:
     """The LLM's last hidden states where a label follows: [supervised, hidden]."""
     embeddings = model.embed(batch.ids, batch.features)  # [rows, length, hidden]
-    mask = attention_mask(batch.segments)
-    if model.llm.config._attn_implementation == "eager":  # adds its mask, where the others select by it
-        mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, torch.finfo(embeddings.dtype).min)
+    mask = mask_for(model.llm.config._attn_implementation, batch.segments, embeddings.dtype)
     hidden = model.llm.model(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state  # [rows, length, hidden]

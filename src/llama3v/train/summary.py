@@ -12,6 +12,7 @@ from llama3v.train.meter import read_metrics
 from llama3v.train.prepared import PreparedData
 from llama3v.train.resume import FREE, environment, plain, refuse_drift
 from llama3v.train.stages import Line, Stage
+from llama3v.train.train_report import mean_mfu
 
 
 def summarise(
@@ -23,8 +24,10 @@ def summarise(
     plan: RowPlan,
     lines: Sequence[Line],
     fullness: float,
+    *,
+    finished: bool,
 ) -> dict[str, Any]:
-    """The summary of a run that has reached its last step.
+    """The summary of a run that has reached its last step, or of one that stops before.
 
     Args:
         lines: what trained. fullness: share of the rows' tokens that is not padding.
@@ -36,11 +39,13 @@ def summarise(
     return {
         "verb": stage,
         "policy": policy,
-        "finished": True,
+        "finished": finished,
         "model": str(config.out),
         "steps": loop.schedule.steps,
         "skipped_steps": loop.progress.skipped,
-        "epochs": plan.epochs_in(loop.schedule.steps),
+        "loss_alarms": sum("loss_alarm" in record for record in records),
+        "mfu": mean_mfu([record for record in records if "loss" in record]),
+        "epochs": plan.epochs_in(loop.progress.step),
         "samples": len(data),
         "left_out": data.left_out,
         "below_min_score": data.below_min_score,
