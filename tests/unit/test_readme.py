@@ -78,7 +78,7 @@ def test_options_named_in_the_documents_exist() -> None:
     }
     known |= {"--help", "--version", "--no-check"}
     foreign = {"--check", "--json", "--mmproj", "--parts", "--shape"}  # of ruff format, llama.cpp and the benchmarks
-    foreign |= {"--nproc-per-node", "--max-restarts"}  # of torchrun
+    foreign |= {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and tensorboard
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
         assert named <= known | foreign, f"{document.name} names options that do not exist: {named - known - foreign}"
