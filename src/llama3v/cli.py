@@ -28,6 +28,8 @@ VERBS: dict[str, type] = {
     "chat": config.ChatConfig,
     "caption": config.CaptionConfig,
     "export": config.ExportConfig,
+    "eval": config.EvalConfig,
+    "compare": config.CompareConfig,
 }
 
 _DESCRIPTION = """Llama 3-V: give a language model eyes, cheaply, and run the result anywhere.

@@ -616,3 +616,75 @@ class ExportConfig:
             self.format == "hf" or self.form == "smolvlm",
             f"--form has no meaning for --format {self.format}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a model on benchmarks: with the right image, with a wrong one, and blind.
+
+    Resumable: answers that `--out` holds are not asked for again. docs/evaluation.md has the tasks and their rules.
+
+    Examples:
+        llama3v eval --model runs/quickstart --tasks probes --out evaluated
+        llama3v eval --model runs/stage2 --tasks mmmu,ai2d,pope --data benchmarks --limit 500 --out evaluated
+        llama3v eval --url http://localhost:8000/v1 --api-model peer --tasks short=questions.json --out peer
+    """
+
+    tasks: Annotated[tuple[str, ...], arg(metavar="TASK...")]
+    """Tasks, with commas or spaces between: NAME, NAME=PATH or NAME:LABEL=PATH. PATH is a file, a folder or a hub data
+    set (owner/name); LABEL tells two data sets of one task apart."""
+    out: Path
+    """Directory for the answers, the scores, summary.json and eval.html. Run again to resume."""
+    model: MaybeText = None
+    """A Llama 3-V model directory, hub name or GGUF pair."""
+    url: MaybeText = None
+    """Instead of a model, an OpenAI-compatible endpoint, so that others are measured by the same code. Its key is read
+    from the environment: OPENAI_API_KEY (needs the extra `api`)."""
+    api_model: MaybeText = None
+    """Name of the model at --url."""
+    data: MaybePath = None
+    """Folder of the benchmarks: each PATH is looked for in it first, and a task without a PATH is <data>/NAME (default:
+    the task's own data set on the hub)."""
+    limit: MaybeInt = None
+    """Only the first N samples of each task."""
+    batch: int = 16
+    """Questions that are answered together."""
+    cache: MaybePath = None
+    """Root of a feature cache; images that are in it are not encoded again."""
+    controls: Annotated[bool, arg()] = True
+    """Also ask everything with a wrong image and blind. Only the difference is sight, so leave them out for hurry
+    alone."""
+    detail: Annotated[Literal["low", "high", "both"] | None, arg(help_behavior_hint="")] = None
+    """How much of an image is shown. low: the overview only. high: its slices, too. both: high, and low beside it.
+    (default: as the model was trained; as the endpoint likes)"""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.model is None) != (self.url is None), "give what is measured: --model, or --url with --api-model"
+        )
+        _require((self.url is None) == (self.api_model is None), "--url and --api-model need each other")
+        _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; give 1 or more")
+        _require(self.batch >= 1, f"--batch is {self.batch}; give 1 or more")
+        _require(self.cache is None or self.model is not None, "--cache has no meaning for an endpoint")
+        _require(
+            self.detail != "both" or self.model is not None,
+            "--detail both is for models; measure an endpoint with low and with high, then `llama3v compare` the two",
+        )
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Is one model better than another? Two runs of `llama3v eval` on the same samples, paired, with a test.
+
+    Example:
+        llama3v compare evaluated peer
+    """
+
+    first: Positional[Path]
+    """What `llama3v eval` left in --out."""
+    second: Positional[Path]
+    """What it left of another model, on the same tasks, data and --limit."""
+    condition: Literal["right image", "wrong image", "blind", "overview only"] = "right image"
+    """Which of the conditions is compared."""
+    out: MaybePath = None
+    """Directory for summary.json."""

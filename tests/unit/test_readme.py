@@ -76,7 +76,7 @@ def test_options_named_in_the_documents_exist() -> None:
         for options in cli.VERBS.values()
         for name in vars(options)["__dataclass_fields__"]
     }
-    known |= {"--help", "--version", "--no-check"}
+    known |= {"--help", "--version", "--no-check", "--no-controls"}
     foreign = {"--check", "--json", "--mmproj", "--parts", "--shape"}  # of ruff format, llama.cpp and the benchmarks
     foreign |= {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and tensorboard
     for document in DOCUMENTS:

@@ -20,7 +20,7 @@ class AnswerRecord:
 
     task: str
     id: str
-    condition: str  # of sight.CONDITIONS: "right image" | "wrong image" | "blind"
+    condition: str  # "right image" | "wrong image" | "blind" (sight.CONDITIONS) | "overview only"
     category: str
     cluster: str
     images: tuple[str, ...]  # names of those that were shown
@@ -56,6 +56,14 @@ def _strict(value: str | float) -> str | float:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_records(path: Path, records: Iterable[AnswerRecord]) -> None:
+    """A whole file at once, in the place of what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
+    part.replace(path)
+
+
 def append_records(path: Path, records: Iterable[AnswerRecord]) -> None:
     """Add lines and wait until they are on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +74,7 @@ def append_records(path: Path, records: Iterable[AnswerRecord]) -> None:
 
 
 def read_records(path: Path) -> list[AnswerRecord]:
-    """The records of a file, none twice. A last line that a kill cut off is dropped from the file, so that the next
+    """The records of a file, none twice: the last of a sample counts. A last line that a kill cut off is dropped from the file, so that the next
     append starts on a new one; any other broken line is a DataError that names it.
     """
     if not path.exists():
@@ -82,7 +90,7 @@ def read_records(path: Path) -> list[AnswerRecord]:
             record = AnswerRecord.from_json(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: line {number} is no answer record ({error}); move the file away") from error
-        found.setdefault(record.key, record)
+        found[record.key] = record
     return list(found.values())
 
 

@@ -3,16 +3,26 @@
 What a model scores without the image, or with a wrong one, belongs beside its score: only the difference is sight.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from llama3v.data.sources.base import ImageRef
-from llama3v.engines.base import Engine, Question
+from llama3v.engines.base import Engine, EngineImage, Question
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, append_records, read_records
-from llama3v.evaluate.sight import CONDITIONS
+from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
 from llama3v.evaluate.tasks.base import Task, TaskSample
 from llama3v.model.prompt import Turn
+
+Show: TypeAlias = Callable[[ImageRef, str], EngineImage]
+"""What an engine is given of an image under a condition."""
+
+
+def show_file(image: ImageRef, condition: str) -> EngineImage:
+    """The bytes of the image's file."""
+    return image.read()
 
 
 def answer_task(
@@ -21,17 +31,19 @@ def answer_task(
     out: Path,
     *,
     conditions: Sequence[str] = CONDITIONS,
+    samples: Sequence[TaskSample] | None = None,
     limit: int | None = None,
     batch: int = 16,
+    show: Show = show_file,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[AnswerRecord]:
     """The records of every sample under each condition, greedily answered; those that `out` holds are not asked again.
 
-    `out` is a JSONL file of one model's answers. `advance` is told how many answers came, or were there already. Raises
-    DataError where `out` holds answers to other prompts, or no picture can stand in for another; ImageError for one that
-    cannot be read.
+    `out` is a JSONL file of one model's answers. `samples`: instead of the task's first `limit`. `show`: what the engine
+    is given of an image. `advance` is told how many answers came, or were there already. Raises DataError where `out`
+    holds answers to other prompts, or no picture can stand in for another; ImageError for one that cannot be read.
     """
-    samples = list(task.samples(limit))
+    samples = list(task.samples(limit)) if samples is None else samples
     known = {record.key: record for record in read_records(out)}
     records: list[AnswerRecord] = []
     for condition in conditions:
@@ -39,8 +51,8 @@ def answer_task(
         waiting: list[int] = []
         for index, sample in enumerate(samples):
             record = known.get((task.name, condition, sample.id))
-            if record is None:
-                waiting.append(index)
+            if record is None or record.images != tuple(image.name for image in shown[index]):
+                waiting.append(index)  # more samples give some another wrong image than before
             elif record.prompt != sample.prompt:
                 raise DataError(
                     f"{out}: sample {sample.id} of {task.name} was asked with another prompt; move the file away"
@@ -50,7 +62,9 @@ def answer_task(
         advance(len(samples) - len(waiting))
         for start in range(0, len(waiting), batch):
             some = waiting[start : start + batch]
-            questions = [_question(samples[index], shown[index]) for index in some]
+            questions = [
+                _question(samples[index], [show(image, condition) for image in shown[index]]) for index in some
+            ]
             answers = engine.answer_batch(questions, max_new_tokens=task.max_new_tokens)
             made = [
                 _record(task, samples[index], condition, shown[index], answer)
@@ -64,7 +78,7 @@ def answer_task(
 
 def images_shown(samples: Sequence[TaskSample], condition: str) -> list[tuple[ImageRef, ...]]:
     """The images that each sample is asked about under a condition."""
-    if condition == "right image":
+    if condition in ("right image", OVERVIEW):
         return [sample.images for sample in samples]
     if condition == "blind":
         return [() for _ in samples]
@@ -78,8 +92,9 @@ def images_shown(samples: Sequence[TaskSample], condition: str) -> list[tuple[Im
 
 def _wrong_images(samples: Sequence[TaskSample], index: int, alike: Sequence[int]) -> tuple[ImageRef, ...]:
     """Those of the next sample, going round, that has as many images and another picture."""
-    sample, place = samples[index], alike.index(index)
-    for other in (samples[number] for number in [*alike[place + 1 :], *alike[:place]]):
+    sample, place = samples[index], bisect_left(alike, index)
+    for step in range(1, len(alike)):
+        other = samples[alike[(place + step) % len(alike)]]
         if _picture(other) != _picture(sample):
             return other.images
     raise DataError(f"sample {sample.id}: no other picture can stand in for its own; take more samples (--limit)")
@@ -89,8 +104,8 @@ def _picture(sample: TaskSample) -> object:
     return sample.cluster or tuple(image.name for image in sample.images)
 
 
-def _question(sample: TaskSample, images: Sequence[ImageRef]) -> Question:
-    return [Turn("user", sample.prompt, tuple(range(len(images))))], [image.read() for image in images]
+def _question(sample: TaskSample, images: Sequence[EngineImage]) -> Question:
+    return [Turn("user", sample.prompt, tuple(range(len(images))))], images
 
 
 def _record(task: Task, sample: TaskSample, condition: str, images: Sequence[ImageRef], answer: str) -> AnswerRecord:

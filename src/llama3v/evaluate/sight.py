@@ -11,6 +11,8 @@ from llama3v.errors import DataError
 from llama3v.model.prompt import Turn
 
 CONDITIONS = ("right image", "wrong image", "blind")
+OVERVIEW = "overview only"
+"""The right image without its slices: another condition, for what slicing changes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,15 +46,28 @@ def summarise(task: Task, records: Sequence[AnswerRecord], condition: str) -> Su
 
 
 def compare_runs(
-    task: Task, first: Sequence[AnswerRecord], second: Sequence[AnswerRecord], condition: str = "right image"
+    task: Task,
+    first: Sequence[AnswerRecord],
+    second: Sequence[AnswerRecord],
+    condition: str = "right image",
+    against: str | None = None,
 ) -> Comparison:
-    """The first run's scores against the second's, sample by sample. Raises DataError where they saw other samples."""
-    ours = {record.id: record for record in task.settle(_of(task, first, condition))}
-    theirs = {record.id: record for record in task.settle(_of(task, second, condition))}
+    """The first run's scores against the second's, sample by sample: under one condition, or the second's under the
+    condition `against`. Raises DataError where they saw other samples.
+    """
+    return compare_settled(
+        task.name, task.settle(_of(task, first, condition)), task.settle(_of(task, second, against or condition))
+    )
+
+
+def compare_settled(name: str, first: Sequence[AnswerRecord], second: Sequence[AnswerRecord]) -> Comparison:
+    """The same of records that are settled already. `name` of the task is for the error."""
+    ours = {record.id: record for record in first}
+    theirs = {record.id: record for record in second}
     if ours.keys() != theirs.keys():
         lone = sorted(ours.keys() ^ theirs.keys())
         raise DataError(
-            f"{task.name}: expected two runs on the same samples, found {len(lone)} in one alone "
+            f"{name}: expected two runs on the same samples, found {len(lone)} in one alone "
             f"({', '.join(lone[:3])} ...); run both with the same --limit"
         )
     scores = [(ours[id].score, theirs[id].score) for id in ours]

@@ -1,0 +1,165 @@
+"""`llama3v eval`: ask, score, sum up, and say how sure; resumable."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llama3v import __version__
+from llama3v.config import EvalConfig
+from llama3v.engines.base import Engine
+from llama3v.engines.terminal import messages, write_summary
+from llama3v.errors import ConfigError
+from llama3v.evaluate.records import AnswerRecord, write_records
+from llama3v.evaluate.run import answer_task
+from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
+from llama3v.evaluate.specs import LoadedTask, load, parse_specs
+from llama3v.evaluate.subject import Subject, open_subject
+from llama3v.evaluate.summary import Summary, compare_runs, summarise
+from llama3v.evaluate.table import print_scores
+
+IDENTITY = "run.json"
+SETTINGS = ("right image", "wrong image", "blind", OVERVIEW)
+_PACKAGES = ("torch", "transformers", "numpy", "pillow", "pycocoevalcap", "nltk", "openai", "xllamacpp")
+
+
+def eval(config: EvalConfig, engine: Engine | None = None) -> dict[str, Any]:
+    """Measure a model on tasks; the table goes to stdout.
+
+    In `config.out`: answers/LABEL.jsonl, every answer as it came (what a second run goes on from); samples/LABEL.jsonl,
+    the scored answers of this run; summary.json.
+
+    Args:
+        engine: runs the model; default: the one that fits `config.model` or `config.url`.
+
+    Returns the summary. Raises ConfigError, DataError, CheckpointError, ImageError, CacheError; ConfigError where
+    `config.out` holds another model's answers.
+    """
+    started = time.perf_counter()
+    tasks = [load(spec, config.limit) for spec in parse_specs(config.tasks, config.data)]  # bad data is told at once
+    digests = {one.spec.label: one.digest for one in tasks}
+    subject = open_subject(config, engine)
+    _claim(config.out, subject.identity)
+    records = _answer(config, tasks, subject)
+    rows = []
+    for one in tasks:
+        label = one.spec.label
+        conditions = [name for name in SETTINGS if any(record.condition == name for record in records[label])]
+        settled = [record for name in conditions for record in _settled(one, records[label], name)]
+        write_records(config.out / "samples" / f"{label}.jsonl", settled)
+        rows.append(_row(one, records[label], conditions) | {"data_digest": digests[label]})
+    summary = {
+        "verb": "eval",
+        "version": __version__,
+        **subject.identity,
+        "controls": config.controls,
+        "limit": config.limit,
+        "tasks": rows,
+        "features_from_cache": subject.pictures.from_cache,
+        "environment": environment(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_summary(config.out, summary)
+    print_scores(summary)
+    return summary
+
+
+def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -> dict[str, list[AnswerRecord]]:
+    """Label -> records of all conditions."""
+    conditions = [
+        *(CONDITIONS if config.controls else CONDITIONS[:1]),
+        *([OVERVIEW] if config.detail == "both" else []),
+    ]
+    console = messages()
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    found: dict[str, list[AnswerRecord]] = {}
+    try:
+        with progress:
+            bars = [progress.add_task(one.spec.label, total=len(one.samples) * len(conditions)) for one in tasks]
+            for one, bar in zip(tasks, bars, strict=True):
+                found[one.spec.label] = answer_task(
+                    subject.engine,
+                    one.task,
+                    config.out / "answers" / f"{one.spec.label}.jsonl",
+                    conditions=conditions,
+                    samples=one.samples,
+                    batch=config.batch,
+                    show=subject.pictures.show,
+                    advance=partial(progress.advance, bar),
+                )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"the answers so far are in {config.out}; the same command goes on from them") from stop
+    return found
+
+
+def _settled(one: LoadedTask, records: Sequence[AnswerRecord], condition: str) -> list[AnswerRecord]:
+    return one.task.settle([record for record in records if record.condition == condition])
+
+
+def _row(one: LoadedTask, records: Sequence[AnswerRecord], conditions: Sequence[str]) -> dict[str, Any]:
+    """What summary.json says of a task."""
+    summaries = {name: summarise(one.task, records, name) for name in conditions}
+    against = [name for name in conditions if name != "right image"]
+    return {
+        "label": one.spec.label,
+        "task": one.task.name,
+        "data": one.task.where,
+        "rule": one.task.rule,
+        "samples": len(one.samples),
+        "prompt": one.samples[0].prompt,
+        "max_new_tokens": one.task.max_new_tokens,
+        "figure": one.task.figures()[0].name,
+        "conditions": {name: _plain(summary) for name, summary in summaries.items()},
+        # The right image's scores less those under another condition, of the same samples.
+        "differences": {name: asdict(compare_runs(one.task, records, records, against=name)) for name in against},
+    }
+
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    values = asdict(summary)
+    return {name: values[name] for name in ("samples", "unparsed", "figures", "corpus", "categories")}
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Note whose answers a directory holds. Raises ConfigError where they are another's."""
+    path = out / IDENTITY
+    # A model's weights say whose answers they are, wherever it lies.
+    now = {name: value for name, value in identity.items() if name != "model" or not identity.get("weights")}
+    with suppress(FileNotFoundError):
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); choose another --out") from error
+        if before != now:
+            different = [name for name in {*before, *now} if before.get(name) != now.get(name)]
+            raise ConfigError(
+                f"{out} holds answers of another run (another {', '.join(sorted(different))}); choose another --out"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def environment() -> dict[str, str]:
+    """Versions that may move a score."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
