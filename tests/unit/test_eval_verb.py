@@ -163,3 +163,28 @@ def test_the_digest_of_a_model_is_of_its_content_wherever_it_lies(tmp_path: Path
     one, same, other = (model_digest(tmp_path / name) for name in "abc")
     assert one == same != other
     assert model_digest(None) is None
+
+
+def test_cached_features_and_overviews_reach_the_engine(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One model, three ways: images, cached features, and its overviews beside both."""
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    for number, one in enumerate(dict.fromkeys(sample.images[0] for sample in open_task("probes").samples(18))):
+        (scenes / f"{number}.png").write_bytes(one.read())
+    llama3v.encode(llama3v.EncodeConfig(data=str(scenes), vision=str(tiny_model_dir), cache=tmp_path / "cache"))
+    live = options(tmp_path / "live", model=str(tiny_model_dir), limit=18, detail="both")
+    cached = options(tmp_path / "cached", model=str(tiny_model_dir), limit=18, detail="both", cache=tmp_path / "cache")
+    first, second = llama3v.eval(live), llama3v.eval(cached)
+    assert first["features_from_cache"] == 0
+    assert second["features_from_cache"] == 18 * 3  # right, wrong, overview; not blind
+    answers = [
+        {record.key: record.answer for record in read_records(tmp_path / run / "samples" / "probes.jsonl")}
+        for run in ("live", "cached")
+    ]
+    same = [answers[0][key] == answers[1][key] for key in answers[0]]
+    assert sum(same) > 0.8 * len(same)  # cached features are rounded to bf16
+    overviews = [answers[1][key] for key in answers[1] if key[1] == "overview only"]
+    assert overviews != [answers[1]["probes", "right image", key[2]] for key in answers[1] if key[1] == "overview only"]
+    assert "slices changed the mean score by" in capsys.readouterr().out

@@ -20,6 +20,7 @@ AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 """Formats that every endpoint reads; others are sent as PNG."""
 TIMEOUT = 600.0  # seconds; a queue in front of a large model takes minutes
 RETRIES = 5
+LOW_DETAIL = 512  # pixels: the square that OpenAI's own "low" shows of a picture
 
 
 class ApiEngine:
@@ -33,6 +34,8 @@ class ApiEngine:
 
     Raises ConfigError where the extra is missing.
     """
+
+    tile_size = LOW_DETAIL
 
     def __init__(self, url: str, model: str, *, detail: str | None = None, parallel: int = 16) -> None:
         self.url, self.model, self.detail, self.parallel = url, model, detail, parallel

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llama3v.config import EvalConfig
 from llama3v.data.sources.base import ImageRef
 from llama3v.engines.base import Engine, EngineImage, ImageFeatures
-from llama3v.engines.terminal import open_engine
+from llama3v.engines.terminal import at_detail, open_engine
 from llama3v.errors import ConfigError
 from llama3v.evaluate.sight import OVERVIEW
 from llama3v.model.slicing import Grid
-from llama3v.model.tiles import image_key
+from llama3v.model.tiles import decode_image, image_key
 
 if TYPE_CHECKING:
-    from llama3v.engines.torch import TorchEngine
     from llama3v.feature_cache.reader import CacheReader
 
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -37,19 +36,14 @@ class Pictures:
 
     def show(self, image: ImageRef, condition: str) -> EngineImage:
         """What the engine is given under a condition. Raises ImageError; CacheError for a damaged record."""
-        shown = self._shown(image.read())
-        if not (self.overview or condition == OVERVIEW):
-            return shown
-        # Tiles go through the tower one by one, so the overview's features are the same with slices beside it.
-        seen = torch_engine(self.engine).features_of(shown)
-        return ImageFeatures(seen.features[:1], Grid(1, 1))
-
-    def _shown(self, data: bytes) -> EngineImage:
-        key = image_key(data)
-        if self.cache is None or key not in self.cache:
-            return data
-        self.from_cache += 1
-        return ImageFeatures(self.cache.read(key), self.cache.record(key).grid)
+        data = image.read()
+        overview = self.overview or condition == OVERVIEW
+        if self.cache is not None and (key := image_key(data)) in self.cache:
+            self.from_cache += 1
+            features, grid = self.cache.read(key), self.cache.record(key).grid
+            # Tiles go through the tower one by one, so the overview's features are the same with slices beside it.
+            return ImageFeatures(features[:1], Grid(1, 1)) if overview else ImageFeatures(features, grid)
+        return at_detail(decode_image(data), "low", self.engine) if overview else data
 
 
 @dataclass(frozen=True)
@@ -78,23 +72,12 @@ def open_subject(config: EvalConfig, engine: Engine | None = None) -> Subject:
     name = {"TorchEngine": "torch", "LlamaCppEngine": "llama.cpp"}.get(type(engine).__name__, type(engine).__name__)
     overview = config.detail == "low"
     if config.detail is not None:
-        slices = torch_engine(engine).model.config.max_tiles
-        if slices < 2:
-            raise ConfigError(f"{model} was trained on overviews alone (max_tiles {slices}); leave --detail away")
-    cache = None if config.cache is None else _open_cache(config.cache, torch_engine(engine))
+        _refuse_without_slices(model, engine)
+    cache = None if config.cache is None else _open_cache(config.cache, engine)
     weights = model_digest(_directory(model))
     # An older run's answers are worth keeping whether or not the features came from a cache of the same tower.
     identity = {"engine": name, "model": model, "weights": weights, "detail": "low" if overview else None}
     return Subject(engine, Pictures(engine, cache, overview), identity)
-
-
-def torch_engine(engine: Engine) -> "TorchEngine":
-    """Raises ConfigError where the engine is another: only this one takes features apart."""
-    from llama3v.engines.torch import TorchEngine
-
-    if not isinstance(engine, TorchEngine):
-        raise ConfigError("--cache and --detail need a Llama 3-V model directory, which the torch engine runs")
-    return engine
 
 
 def model_digest(directory: Path | None) -> str | None:
@@ -129,9 +112,25 @@ def _directory(model: str) -> Path | None:
     return Path(snapshot_download(model, local_files_only=True))
 
 
-def _open_cache(root: Path, engine: "TorchEngine") -> "CacheReader":
+def _refuse_without_slices(model: str, engine: Engine) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+    from llama3v.engines.torch import TorchEngine
+
+    slices = None
+    if isinstance(engine, TorchEngine):
+        slices = engine.model.config.max_tiles
+    elif isinstance(engine, LlamaCppEngine):
+        slices = engine.vision.max_tiles
+    if slices is not None and slices < 2:
+        raise ConfigError(f"{model} was trained on overviews alone (max_tiles {slices}); leave --detail away")
+
+
+def _open_cache(root: Path, engine: Engine) -> "CacheReader":
+    from llama3v.engines.torch import TorchEngine
     from llama3v.feature_cache.layout import manifest_of
     from llama3v.feature_cache.reader import CacheReader
 
+    if not isinstance(engine, TorchEngine):
+        raise ConfigError("--cache needs a Llama 3-V model directory: only the torch engine has the cache's tower")
     tower, slices = engine.model.vision, engine.model.config.max_tiles
     return CacheReader(root, manifest_of(tower.fingerprint(), tile_size=tower.tile_size, max_tiles=slices))
