@@ -22,6 +22,7 @@ import llama3v.train.run
 def run(verb: str, options: Any, environment: dict[str, str], log: Path) -> None:
     """What the command line does with parsed options."""
     os.environ.update(environment)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -31,5 +32,6 @@ def run(verb: str, options: Any, environment: dict[str, str], log: Path) -> None
         "sft": llama3v.train.run.sft,
         "encode": llama3v.feature_cache.encode.encode,
     }
-    llama3v.cli._run = lambda arguments: functions[verb](options)  # type: ignore[assignment, misc, return-value]
+    llama3v.cli.parse = lambda arguments: (verb, options)  # type: ignore[assignment]
+    llama3v.cli._run = lambda verb, options: functions[verb](options)  # type: ignore[assignment, misc, return-value]
     sys.exit(llama3v.cli.main([]))

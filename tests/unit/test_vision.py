@@ -163,3 +163,8 @@ def test_a_siglip_of_other_activations_is_refused(tiny_vision_dir: Path, tmp_pat
 def test_an_unknown_kind_of_tower_is_refused() -> None:
     with pytest.raises(CheckpointError, match="unknown kind of vision tower 'other'"):
         make_tower({"kind": "other"})
+
+
+def test_an_incomplete_configuration_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match="lacks 'tile_size'"):
+        make_tower({"kind": "siglip", "width": 64})

@@ -184,7 +184,10 @@ def make_tower(geometry: dict[str, Any]) -> VisionTower:
     kinds = {tower.kind: tower for tower in (SiglipTower, EfficientNetTower)}
     if geometry.get("kind") not in kinds:
         raise CheckpointError(f"unknown kind of vision tower {geometry.get('kind')!r}; known: {sorted(kinds)}")
-    return kinds[geometry["kind"]](geometry)
+    try:
+        return kinds[geometry["kind"]](geometry)
+    except KeyError as absent:
+        raise CheckpointError(f"the vision tower's configuration lacks {absent}; write the model again") from None
 
 
 def load_tower(name_or_directory: str, *, cut: int | None = None) -> VisionTower:
