@@ -4,12 +4,13 @@ The command line is made from these (see cli.py), and the Python functions take 
 ``llama3v.cache(llama3v.CacheConfig(action="info", cache=Path("/nvme/cache")))``.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from llama3v.errors import ConfigError
 
@@ -493,8 +494,51 @@ class MergeConfig:
     """Type of the written weights; bf16 takes half the space, at the rounding of bf16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen out of a model's logits; every engine does it alike (engines/sampling.py).
+
+    In this order: repetition penalty, temperature, top-k, top-p, min-p, then a draw; with temperature 0 the likeliest.
+    """
+
+    temperature: float = 0.0
+    """0 is greedy; higher values sample."""
+    top_k: int = 0
+    """Sample among this many of the likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that stand in the prompt or the answer become less likely (arXiv 1909.05858)."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+    logprobs: Annotated[int | None, Suppress] = None
+    """For programs: log-probabilities of each token and of this many alternatives; None: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            _require(math.isfinite(value), f"{_option(name)} is {value}; give a number")
+        _require(self.temperature >= 0, f"--temperature is {self.temperature}; give 0 or more")
+        _require(self.top_k >= 0, f"--top-k is {self.top_k}; give 0 (all) or more")
+        _require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; give more than 0, at most 1")
+        _require(0 <= self.min_p < 1, f"--min-p is {self.min_p}; give 0 or more, below 1")
+        _require(self.repetition_penalty > 0, f"--repetition-penalty is {self.repetition_penalty}; give more than 0")
+        _require(self.seed >= 0, f"--seed is {self.seed}; give 0 or more")
+        _require(all(self.stop), "--stop has an empty text; give texts of one character or more")
+        _require(self.logprobs is None or self.logprobs >= 0, f"logprobs is {self.logprobs}; give 0 or more")
+
+    @property
+    def sampling(self) -> "Sampling":
+        """These alone, of options that have more."""
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
+
+
 @dataclass(frozen=True)
-class AskConfig:
+class AskConfig(Sampling):
     """Ask a question about one or more images; the answer streams to the terminal.
 
     Examples:
@@ -509,10 +553,6 @@ class AskConfig:
     """A Llama 3-V model directory or hub name."""
     max_new_tokens: int = 256
     """Most tokens in the answer."""
-    temperature: float = 0.0
-    """0 is greedy; higher values sample."""
-    seed: int = 0
-    """Seed of the sampling."""
     out: MaybePath = None
     """Directory for summary.json (the question, the answer, timings)."""
     detail: Detail = "high"
@@ -524,11 +564,11 @@ class AskConfig:
     def __post_init__(self) -> None:
         _require(len(self.inputs) >= 1, 'give image files and a question: llama3v ask photo.jpg "What is it?"')
         _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
-        _require(self.temperature >= 0, f"--temperature is {self.temperature}; give 0 or more")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Sampling):
     """Talk about images, turn by turn. `/image FILE` adds a picture, `/reset` starts anew, `/quit` leaves.
 
     Example:
@@ -541,12 +581,12 @@ class ChatConfig:
     """A Llama 3-V model directory or hub name."""
     max_new_tokens: int = 256
     """Most tokens in an answer."""
-    temperature: float = 0.0
-    """0 is greedy; higher values sample."""
-    seed: int = 0
-    """Seed of the sampling."""
     detail: Detail = "high"
     """high: an overview of each image and slices of large ones. low: the overview only."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

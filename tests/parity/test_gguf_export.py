@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -118,13 +119,40 @@ def test_streams_that_take_turns_do_not_disturb_one_another(engines) -> None:
     assert together == alone
 
 
+def test_conversations_in_threads_have_a_kv_cache_each(exported, engines, monkeypatch) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    engine = LlamaCppEngine(exported[0], kv="f32", tower="torch", conversations=2, context_tokens=256)
+    questions = [CONVERSATIONS[name] for name in ("slices", "two images")]
+    expected = [engines[1].answer(turns, images, max_new_tokens=12) for turns, images in questions]
+    found: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        turns, images = questions[number]
+        found[number] = engine.answer(turns, images, max_new_tokens=12)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[0], found[1]] == expected
+    for number, (turns, images) in enumerate(questions):  # neither was read a second time, nor lost its cache
+        again = engine.generate(turns, images, max_new_tokens=12)
+        assert "".join(piece.text for piece in again) == expected[number]
+        assert again.counts.cached_tokens == again.counts.prompt_tokens - 1
+    engine.llm.close()
+
+
 def test_a_second_question_reads_neither_the_image_nor_its_prompt_again(engines, monkeypatch) -> None:
     _, engine = engines
     image = picture(7)
     engine.answer([Turn("user", "What is it?", (0,))], [image], max_new_tokens=2)
     read = []
     original = engine.llm.read
-    monkeypatch.setattr(engine.llm, "read", lambda position, new: read.append(new) or original(position, new))
+    monkeypatch.setattr(
+        engine.llm, "read", lambda position, new, **where: read.append(new) or original(position, new, **where)
+    )
     monkeypatch.setattr(engine.vision, "encode", lambda _: pytest.fail("the tower ran again"))
     engine.answer([Turn("user", "How many?", (0,))], [image], max_new_tokens=2)
     assert not any(isinstance(new, np.ndarray) for new in read)
@@ -141,7 +169,7 @@ def test_features_of_the_cache_give_the_answer_that_the_image_gives(engines) -> 
 
 
 def test_a_prompt_over_the_context_is_refused_before_any_output(exported, engines) -> None:
-    with pytest.raises(PromptError, match="the context"):
+    with pytest.raises(PromptError, match="the model's context"):
         engines[1].stream([Turn("user", "What?")], max_new_tokens=engines[1].context_tokens)
 
 

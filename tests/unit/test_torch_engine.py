@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llama3v.config import ChatConfig
 from llama3v.engines.base import ImageFeatures
+from llama3v.engines.cached import REMEMBERED_IMAGES
 from llama3v.engines.chat import Conversation
 from llama3v.engines.detokenizer import Detokenizer
-from llama3v.engines.torch import REMEMBERED_IMAGES, TorchEngine
+from llama3v.engines.torch import TorchEngine
 from llama3v.errors import CheckpointError, ImageError, PromptError
 from llama3v.model.prompt import Turn
 from llama3v.model.slicing import Grid
@@ -131,7 +132,7 @@ def test_a_damaged_model_is_told_and_not_heard(tiny_model_dir: Path) -> None:
 
 def test_only_the_latest_images_are_remembered(engine: TorchEngine) -> None:
     for width in range(10, 10 + REMEMBERED_IMAGES + 3):
-        engine.features_of(picture(width, 10))
+        engine.generate(ASK, [picture(width, 10)], max_new_tokens=1)
     assert len(engine._seen) == REMEMBERED_IMAGES
 
 

@@ -63,8 +63,7 @@ class Conversation:
                 [*self.turns, turn],
                 images,
                 max_new_tokens=self._config.max_new_tokens,
-                temperature=self._config.temperature,
-                seed=self._config.seed,
+                sampling=self._config.sampling,
             )
             for piece in stream:
                 pieces.append(piece)

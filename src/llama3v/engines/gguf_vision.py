@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.llama_api import require_gguf
-from llama3v.errors import CheckpointError, ConfigError, PromptError
+from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.projector import Projector
-from llama3v.model.slicing import Grid
-from llama3v.model.tiles import make_tiles
+from llama3v.model.tiles import Tiles
 from llama3v.model.vision import SiglipTower
 
 _PARTS = {
@@ -65,27 +63,25 @@ class GgufVision:
         self._encoder_name = tower or ("openvino" if importlib.util.find_spec("openvino") else "torch")
         self._encoder: Any = None  # opened by the first image
 
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(patches, width) of a tile's features at the cut."""
+        return self._tower.grid_side**2, self._tower.width
+
     @torch.inference_mode()
-    def encode(self, image: Image.Image) -> tuple[np.ndarray, Grid]:
-        """An RGB image -> (visual tokens float32 [tiles * tokens_per_tile, hidden], grid)."""
+    def encode(self, tiles: Tiles) -> np.ndarray:
+        """Tiles -> visual tokens float32 [tiles * tokens_per_tile, hidden]."""
         if self._encoder is None:
             from llama3v.feature_cache.encoders.choose import open_encoder
 
             self._encoder = open_encoder(self._encoder_name, self._tower, precision="fp32", batch_tiles=1)  # type: ignore[arg-type]
-        tiles = make_tiles(image, self._tower.tile_size, self.max_tiles)
         # one tile in a pass, unrounded: `encode` would store bf16
         features = torch.cat([self._encoder.encode_pass(tile[None]).float().cpu() for tile in tiles.pixels])
-        return self._project(features), tiles.grid
+        return self._project(features)
 
     @torch.inference_mode()
     def project(self, image: ImageFeatures) -> np.ndarray:
-        """Features at the cut -> visual tokens. PromptError where they are of another shape."""
-        expected = (image.grid.tiles, self._tower.grid_side**2, self._tower.width)
-        if tuple(image.features.shape) != expected:
-            raise PromptError(
-                f"expected features of {expected} for a grid of {image.grid.columns}x{image.grid.rows}, "
-                f"found {tuple(image.features.shape)}; use the cache that was made for this model"
-            )
+        """Features at the cut -> visual tokens."""
         return self._project(image.features.float().cpu())
 
     def _project(self, features: Tensor) -> np.ndarray:

@@ -87,6 +87,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
     "llama_n_batch": (c_uint32, [c_void_p]),
+    "llama_n_seq_max": (c_uint32, [c_void_p]),
     "llama_n_threads": (c_int32, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
@@ -186,20 +187,29 @@ def require_gguf(path: Path) -> None:
 
 
 class Llama:
-    """One language model with one sequence in its KV cache.
+    """One language model with the KV caches of a few sequences.
 
     Args:
         path: a GGUF file.
-        context_tokens: places in the KV cache; default: what the model was trained for, at most 8192.
+        context_tokens: places in each KV cache; default: what the model was trained for, at most 8192.
         kv: type of the KV cache, a key of `KV_TYPES`.
         threads: default: the cores that this process may use.
+        sequences: KV caches, numbered from 0.
 
     Raises:
         ConfigError: the library is absent or another than the known one.
         CheckpointError: the file is damaged, or of another kind.
     """
 
-    def __init__(self, path: Path, *, context_tokens: int | None = None, kv: str = "f16", threads: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_tokens: int | None = None,
+        kv: str = "f16",
+        threads: int | None = None,
+        sequences: int = 1,
+    ) -> None:
         self._model: int | None = None
         self._context: int | None = None
         require_gguf(path)
@@ -214,17 +224,18 @@ class Llama:
         self.hidden: int = self._lib.llama_model_n_embd(self._model)
         trained = self._lib.llama_model_n_ctx_train(self._model)
         self.context_tokens = min(context_tokens or 8192, trained)
-        self._open_context(kv, threads or cores())
+        self._open_context(kv, threads or cores(), sequences)
 
-    def _open_context(self, kv: str, threads: int) -> None:
+    def _open_context(self, kv: str, threads: int, sequences: int) -> None:
         params = self._lib.llama_context_default_params()
         # The library rounds a context up to a multiple of 256; what exceeds `context_tokens` is never used
-        params.n_ctx = -(-self.context_tokens // 256) * 256
+        params.n_ctx = -(-self.context_tokens // 256) * 256 * sequences
+        params.n_seq_max = sequences  # each gets its share of n_ctx
         params.n_batch = params.n_ubatch = min(_BATCH, params.n_ctx)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv]
         params.flash_attention = {"f32": 0, "f16": -1}.get(kv, 1)  # quantised values need it
-        wanted = (params.n_ctx, params.n_batch, threads)
+        wanted = (params.n_ctx, params.n_batch, sequences, threads)
         _complaints.clear()
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
@@ -233,7 +244,9 @@ class Llama:
                 f"llama.cpp cannot open a context of {self.context_tokens} tokens with a KV cache in {kv} for this "
                 f"model ({reason}); take a smaller context or --kv f16"
             )
-        found = tuple(getattr(self._lib, f"llama_n_{name}")(self._context) for name in ("ctx", "batch", "threads"))
+        found = tuple(
+            getattr(self._lib, f"llama_n_{name}")(self._context) for name in ("ctx", "batch", "seq_max", "threads")
+        )
         if found != wanted:
             raise _other_interface(f"a context of {found} instead of {wanted}")
         self._batch = params.n_batch
@@ -244,12 +257,14 @@ class Llama:
         """The C interface's pointer to the model."""
         return self._model
 
-    def forget(self, keep: int = 0) -> None:
+    def forget(self, keep: int = 0, *, sequence: int = 0) -> None:
         """Drop everything from position `keep` on."""
-        self._lib.llama_memory_seq_rm(self._memory, 0, keep, -1)
+        self._lib.llama_memory_seq_rm(self._memory, sequence, keep, -1)
 
-    def read(self, position: int, new: Sequence[int] | np.ndarray, *, all_logits: bool = False) -> np.ndarray:
-        """Feed token ids, or embeddings float32 [n, hidden], at `position` on.
+    def read(
+        self, position: int, new: Sequence[int] | np.ndarray, *, all_logits: bool = False, sequence: int = 0
+    ) -> np.ndarray:
+        """Feed token ids, or embeddings float32 [n, hidden], at `position` of a sequence on.
 
         Returns:
             logits of the token after the last one [vocabulary]; with `all_logits` after each [n, vocabulary].
@@ -263,12 +278,12 @@ class Llama:
                 "fewer images, fewer turns or a shorter answer"
             )
         parts = [
-            self._pass(position + start, new[start : start + self._batch], all_logits)
+            self._pass(position + start, new[start : start + self._batch], all_logits, sequence)
             for start in range(0, len(new), self._batch)
         ]
         return np.concatenate(parts) if all_logits else parts[-1]
 
-    def _pass(self, position: int, new: Sequence[int] | np.ndarray, all_logits: bool) -> np.ndarray:
+    def _pass(self, position: int, new: Sequence[int] | np.ndarray, all_logits: bool, sequence: int) -> np.ndarray:
         count = len(new)
         embeddings = isinstance(new, np.ndarray)
         batch = self._lib.llama_batch_init(count, self.hidden if embeddings else 0, 1)
@@ -282,7 +297,7 @@ class Llama:
             for index in range(count):
                 batch.pos[index] = position + index
                 batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
+                batch.seq_id[index][0] = sequence
                 batch.logits[index] = int(all_logits or index == count - 1)
             status = self._lib.llama_decode(self._context, batch)
         finally:

@@ -1,100 +1,120 @@
-"""The reference engine: our model in PyTorch, with a KV cache, streaming, and left-padded batches."""
+"""The reference engine: our model in PyTorch, with KV caches, streaming, and left-padded batches."""
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llama3v.engines.base import EngineImage, ImageFeatures, Question
+from llama3v.engines.cached import CachedEngine, check_conversations
 from llama3v.engines.detokenizer import Detokenizer
-from llama3v.errors import CheckpointError, PromptError
+from llama3v.engines.prefix import Span
+from llama3v.errors import CheckpointError
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, load_model
-from llama3v.model.prompt import Renderer, Turn
-from llama3v.model.tiles import decode_image, image_key, make_tiles, to_pixels
-
-REMEMBERED_IMAGES = 16  # at most 24 MB each (7 tiles of so400m in fp32)
+from llama3v.model.prompt import Renderer
+from llama3v.model.tiles import Tiles, decode_image, make_tiles, to_pixels
 
 
-class TorchEngine:
+class TorchEngine(CachedEngine):
     """Runs a Llama 3-V in PyTorch: in fp32 on a CPU, in bf16 on a GPU.
 
     Args:
         model_dir: a Llama 3-V model directory or hub name.
         device: "cpu", "cuda", ...; default: a GPU where there is one.
+        conversations: see Engine; a KV cache grows as it is needed.
 
     Raises CheckpointError where the model cannot be loaded.
     """
 
-    def __init__(self, model_dir: str | Path, device: str | None = None) -> None:
+    name = "torch"
+
+    def __init__(self, model_dir: str | Path, device: str | None = None, *, conversations: int = 1) -> None:
+        check_conversations(conversations)
         model, tokenizer = load_model(model_dir)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         model.to(device=target, dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper loses the self
-        self._set_up(model, tokenizer)
+        self._open(model, tokenizer, conversations)
 
     @classmethod
-    def of(cls, model: Llama3VForConditionalGeneration, tokenizer: Any) -> "TorchEngine":
+    def of(cls, model: Llama3VForConditionalGeneration, tokenizer: Any, *, conversations: int = 1) -> "TorchEngine":
         """An engine of a model in memory, left on its device and in its precision; it is put into evaluation mode."""
         engine = cls.__new__(cls)
-        engine._set_up(model, tokenizer)
+        engine._open(model, tokenizer, conversations)
         return engine
 
-    def _set_up(self, model: Llama3VForConditionalGeneration, tokenizer: Any) -> None:
+    def _open(self, model: Llama3VForConditionalGeneration, tokenizer: Any, conversations: int) -> None:
         self.model = model.eval()
         self.device = model.projector.norm.weight.device
         self.dtype = model.projector.norm.weight.dtype
-        self.tokenizer = tokenizer
-        config = model.config
-        self.renderer = Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id)
-        self.context_tokens: int = config.text_config.max_position_embeddings
-        self.tile_size = model.vision.tile_size
-        self._seen: OrderedDict[str, ImageFeatures] = OrderedDict()  # the latest last
+        config, tower = model.config, model.vision
+        self._set_up(
+            tokenizer,
+            Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id),
+            [_TorchReader(model) for _ in range(conversations)],
+            context_tokens=config.text_config.max_position_embeddings,
+            tile_size=tower.tile_size,
+            max_tiles=config.max_tiles,
+            feature_shape=(tower.grid_side**2, tower.width),
+        )
 
-    def stream(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[EngineImage] = (),
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """See Engine. The prompt is checked and the images are encoded before this returns."""
-        ids, features = self._prompt(turns, images, max_new_tokens)
-        return self._pieces(ids, features, max_new_tokens, temperature, seed)
+    def features_of(self, image: EngineImage) -> ImageFeatures:
+        """What the vision tower's trunk makes of an image, as the feature cache holds it (there in bf16)."""
+        if isinstance(image, ImageFeatures):
+            self._check(image)
+            return image
+        picture = decode_image(image) if isinstance(image, bytes) else image
+        tiles = make_tiles(picture.convert("RGB"), self.tile_size, self._max_tiles)
+        return ImageFeatures(self._trunk(tiles), tiles.grid)
 
-    def answer(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[EngineImage] = (),
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:
-        """See Engine."""
-        return "".join(self.stream(turns, images, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    @torch.inference_mode()
+    def _trunk(self, tiles: Tiles) -> Tensor:
+        tower = self.model.vision
+        pixels = to_pixels(tiles.pixels, tower.mean, tower.std)  # [tiles, 3, S, S]
+        return tower.trunk(pixels.to(self.device, self.dtype))
+
+    def _visual_tokens_of_tiles(self, tiles: Tiles) -> Tensor:
+        return self._project(self._trunk(tiles))
+
+    def _visual_tokens_of_features(self, image: ImageFeatures) -> Tensor:
+        return self._project(image.features.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def _project(self, features: Tensor) -> Tensor:
+        return self.model.visual_tokens(features).flatten(0, 1)  # [tiles * tokens_per_tile, hidden]
 
     @torch.inference_mode()
     def answer_batch(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """See Engine. All questions run as one batch: give as many as memory holds, of similar length."""
-        if not questions:
-            return []
         prompts = [self._prompt(turns, images, max_new_tokens) for turns, images in questions]
-        width = max(len(ids) for ids, _ in prompts)
+        if not prompts:
+            return []
+        spans = [prompt.span(0, len(prompt.ids)) for prompt in prompts]
+        with self._caches.lock:
+            answers = self._answer_batch(spans, max_new_tokens)
+        return [Detokenizer(self.tokenizer).text_of(answer) for answer in answers]
+
+    def _answer_batch(self, spans: Sequence[Span], max_new_tokens: int) -> list[list[int]]:
+        width = max(len(span.ids) for span in spans)
         # left padding: every prompt ends at the last column, where the first new token is predicted
-        ids = torch.tensor([[0] * (width - len(ids)) + ids for ids, _ in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in prompts], device=self.device)
-        features = [features for _, features in prompts if features is not None]
-        answers: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        logits, past = self._read_prompt(ids, torch.cat(features) if features else None, mask)
+        mask = torch.tensor([[0] * (width - len(span.ids)) + [1] * len(span.ids) for span in spans], device=self.device)
+        embeddings = torch.stack(
+            [torch.nn.functional.pad(embed(self.model, span), (0, 0, width - len(span.ids), 0)) for span in spans]
+        )
+        out = self.model.llm(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # padding does not count
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        answers: list[list[int]] = [[] for _ in spans]
+        running = set(range(len(spans)))
         for _ in range(max_new_tokens):
-            tokens = logits.argmax(-1)  # [batch]
+            tokens = _finite(out.logits[:, -1]).argmax(-1)  # [batch]
             for index, token in enumerate(tokens.tolist()):
                 if index in running and token in self.renderer.stop_ids:
                     running.remove(index)
@@ -102,103 +122,53 @@ class TorchEngine:
                     answers[index].append(token)
             if not running:
                 break
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            logits = self._read_token(tokens[:, None], past, mask)
-        return [Detokenizer(self.tokenizer).text_of(answer) for answer in answers]
+            mask = torch.cat([mask, mask.new_ones(len(spans), 1)], dim=1)
+            out = self.model.llm(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+        return answers
 
-    def features_of(self, image: EngineImage) -> ImageFeatures:
-        """What the vision tower's trunk makes of an image; the latest ones are remembered, so chat encodes it once."""
-        if isinstance(image, ImageFeatures):
-            return self._checked(image)
-        key = image_key(image) if isinstance(image, bytes) else image_key(repr(image.size).encode() + image.tobytes())
-        if key not in self._seen:
-            self._seen[key] = self._encode(decode_image(image) if isinstance(image, bytes) else image)
-        self._seen.move_to_end(key)
-        while len(self._seen) > REMEMBERED_IMAGES:
-            self._seen.popitem(last=False)
-        return self._seen[key]
+
+class _TorchReader:
+    """See Reader (prefix.py): transformers' growing cache of one conversation."""
+
+    def __init__(self, model: Llama3VForConditionalGeneration) -> None:
+        self._model = model
+        self._past: Any = None
 
     @torch.inference_mode()
-    def _encode(self, image: Image.Image) -> ImageFeatures:
-        tower = self.model.vision
-        tiles = make_tiles(image.convert("RGB"), tower.tile_size, self.model.config.max_tiles)
-        pixels = to_pixels(tiles.pixels, tower.mean, tower.std)  # [tiles, 3, S, S]
-        return ImageFeatures(tower.trunk(pixels.to(self.device, self.dtype)), tiles.grid)
-
-    def _checked(self, image: ImageFeatures) -> ImageFeatures:
-        tower = self.model.vision
-        expected = (image.grid.tiles, tower.grid_side**2, tower.width)
-        if tuple(image.features.shape) != expected:
-            raise PromptError(
-                f"expected features of {expected} for a grid of {image.grid.columns}x{image.grid.rows}, "
-                f"found {tuple(image.features.shape)}; use the cache that was made for this model"
-            )
-        return image
-
-    def _prompt(
-        self, turns: Sequence[Turn], images: Sequence[EngineImage], max_new_tokens: int
-    ) -> tuple[list[int], Tensor | None]:
-        """Token ids, and the features of all tiles [tiles, patches, width] or None without images."""
-        seen = [self.features_of(image) for image in images]
-        ids = self.renderer.render(turns, [image.grid for image in seen], generate=True).ids
-        if len(ids) + max_new_tokens > self.context_tokens:
-            raise PromptError(
-                f"expected at most {self.context_tokens} tokens (the model's context), found a prompt of {len(ids)} "
-                f"and an answer of up to {max_new_tokens}; ask with fewer images, fewer turns or --max-new-tokens"
-            )
-        features = [image.features.to(self.device, self.dtype) for image in seen]
-        return ids, torch.cat(features) if features else None
-
-    def _pieces(
-        self, ids: list[int], features: Tensor | None, max_new_tokens: int, temperature: float, seed: int
-    ) -> Iterator[str]:
-        random = torch.Generator().manual_seed(seed)
-        detokenizer = Detokenizer(self.tokenizer)
-        mask = torch.ones(1, len(ids), dtype=torch.long, device=self.device)
-        logits, past = self._read_prompt(torch.tensor([ids], device=self.device), features, mask)
-        for made in range(1, max_new_tokens + 1):
-            token = _choose(logits[0], temperature, random)
-            if token in self.renderer.stop_ids:
-                break
-            if piece := detokenizer.push(token):
-                yield piece
-            if made < max_new_tokens:
-                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-                logits = self._read_token(torch.tensor([[token]], device=self.device), past, mask)
-        if rest := detokenizer.rest():
-            yield rest
-
-    @torch.inference_mode()
-    def _read_prompt(self, ids: Tensor, features: Tensor | None, mask: Tensor) -> tuple[Tensor, Any]:
-        """ids [batch, length] -> logits of the next token [batch, vocabulary], and the KV cache."""
-        out = self.model.llm(
-            inputs_embeds=self.model.embed(ids, features),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # padding does not count
+    def read(self, start: int, span: Span) -> np.ndarray:
+        out = self._model.llm(
+            inputs_embeds=embed(self._model, span)[None],
+            past_key_values=self._past,  # its length tells the positions
             use_cache=True,
             logits_to_keep=1,
         )
-        return _finite(out.logits[:, -1]), out.past_key_values
+        self._past = out.past_key_values
+        logits: np.ndarray = out.logits[0, -1].float().cpu().numpy()
+        return logits
 
-    @torch.inference_mode()
-    def _read_token(self, tokens: Tensor, past: Any, mask: Tensor) -> Tensor:
-        """One more token for each of the batch [batch, 1] -> logits [batch, vocabulary]; `past` grows in place."""
-        out = self.model.llm(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=past,
-            use_cache=True,
-        )
-        return _finite(out.logits[:, -1])
+    def forget(self, keep: int) -> None:
+        length = 0 if self._past is None else self._past.get_seq_length()
+        if keep == 0:
+            self._past = None
+        elif keep < length:
+            self._past.crop(keep - length)
 
 
-def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:
-    """The next token out of logits [vocabulary]. Sampling happens on the CPU: the same seed, the same draw."""
-    if temperature == 0:
-        return int(logits.argmax())
-    odds = torch.softmax(logits.float().cpu() / temperature, dim=-1)
-    return int(torch.multinomial(odds, 1, generator=random))
+def embed(model: Llama3VForConditionalGeneration, span: Span) -> Tensor:
+    """Text embeddings with the visual tokens in their places [length, hidden]: `Llama3V.embed` of a part of a prompt."""
+    table = model.get_input_embeddings()
+    ids = torch.tensor(span.ids, device=model.projector.norm.weight.device)
+    slots = ids == model.config.image_token_id
+    embeddings: Tensor = table(ids.masked_fill(slots, 0))
+    if span.visual:
+        embeddings[slots] = torch.cat(span.visual).to(embeddings.dtype)
+    return embeddings
 
 
 def _finite(logits: Tensor) -> Tensor:

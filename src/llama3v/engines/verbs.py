@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
 from llama3v import __version__
@@ -33,20 +34,19 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     engine = engine or open_engine(config.model)
     loaded = time.perf_counter()
     turns = [Turn("user", question, tuple(range(len(pictures))))]
-    stream = engine.stream(
+    generation = engine.generate(
         turns,
         [at_detail(image, config.detail, engine) for _, image in pictures],
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
+        sampling=config.sampling,
     )
     pieces: list[str] = []
     first = None
-    for piece in stream:
+    for piece in generation:
         first = first or time.perf_counter()
-        pieces.append(piece)
+        pieces.append(piece.text)
         if not config.json:
-            write(piece)
+            write(piece.text)
     ended = time.perf_counter()
     summary = {
         "verb": "ask",
@@ -56,9 +56,10 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
         "question": question,
         "answer": "".join(pieces),
         "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "seed": config.seed,
         "detail": config.detail,
+        "sampling": asdict(config.sampling) | {"stop": list(config.stop)},
+        "finish": generation.finish,
+        **{name: round(value, 3) for name, value in asdict(generation.counts).items()},
         "seconds_to_load": round(loaded - started, 3),
         "seconds_to_first_text": round((first or ended) - loaded, 3),
         "seconds": round(ended - started, 3),
