@@ -9,8 +9,8 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from llama3v.cli import main
@@ -21,6 +21,7 @@ from llama3v.engines.torch import TorchEngine
 from llama3v.engines.verbs import ask, caption, chat
 from llama3v.errors import ConfigError, DataError
 from llama3v.model.prompt import Turn
+from llama3v.model.tiles import make_tiles
 
 
 @pytest.fixture(scope="module")
@@ -269,16 +270,17 @@ def test_low_detail_shows_the_model_the_overview_alone(
     engine: TorchEngine, pictures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    encode = engine._encode
-    monkeypatch.setattr(engine, "_encode", lambda image: seen.append(encode(image)) or seen[-1])
+    cut = engine._visual_tokens_of_tiles
+    monkeypatch.setattr(engine, "_visual_tokens_of_tiles", lambda tiles: seen.append(tiles) or cut(tiles))
     wide = pictures[2]
     ask(AskConfig((wide, "What?"), detail="low", max_new_tokens=4), engine)
     say([f"/image {wide}", "What?"], monkeypatch)
     chat(ChatConfig(detail="low", max_new_tokens=4), engine)
     caption(CaptionConfig((wide,), detail="low", max_new_tokens=4), engine)
-    overview, again = seen[0], engine.features_of(Path(wide).read_bytes())  # all three made the same picture of it
-    assert (len(seen), overview.grid.tiles, again.grid.tiles) == (2, 1, 3)
-    assert torch.equal(overview.features[0], again.features[0])
+    whole = make_tiles(Image.open(wide), engine.tile_size, 4)
+    assert [tiles.grid.tiles for tiles in seen] == [1]  # all three made the same picture of it
+    assert whole.grid.tiles == 3
+    assert np.array_equal(seen[0].pixels[0], whole.pixels[0])
 
 
 def test_json_is_one_object_on_stdout_with_answer_and_timings(
