@@ -31,7 +31,18 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Counts", "Engine", "EngineImage", "Generation", "ImageFeatures", "Piece", "Question", "Sampling", "Token"]
+__all__ = [
+    "BatchEngine",
+    "Counts",
+    "Engine",
+    "EngineImage",
+    "Generation",
+    "ImageFeatures",
+    "Piece",
+    "Question",
+    "Sampling",
+    "Token",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,20 +115,32 @@ class Generation(Protocol):
         ...
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
+    """What evaluation and captions need: many questions, answered greedily.
+
+    Attributes:
+        tile_size: side of a tile in pixels; a picture of that size is not cut.
+    """
+
+    tile_size: int
+
+    def answer_batch(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
+        """Greedy answers to many questions at once, in their order. Raises as Engine does."""
+        ...
+
+
+class Engine(BatchEngine, Protocol):
     """A way to run a trained model.
 
     All four raise PromptError where turns and images do not fit together or the prompt and `max_new_tokens` exceed the
     model's context (nothing is ever truncated), and ImageError for an image that cannot be read; before any output.
 
     Attributes:
-        tile_size: side of a tile in pixels; a picture of that size is not cut.
         name: "torch", "llamacpp" or "mlx".
         context_tokens: most tokens of a prompt and its answer together.
         conversations: KV caches that are kept.
     """
 
-    tile_size: int
     name: str
     context_tokens: int
     conversations: int
@@ -157,8 +180,4 @@ class Engine(Protocol):
         sampling: Sampling | None = None,
     ) -> str:
         """The pieces of `stream`, joined."""
-        ...
-
-    def answer_batch(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
-        """Greedy answers to many questions at once, in their order."""
         ...

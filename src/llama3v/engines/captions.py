@@ -14,7 +14,7 @@ from llama3v import __version__
 from llama3v.config import CaptionConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
-from llama3v.engines.base import Engine
+from llama3v.engines.base import BatchEngine
 from llama3v.engines.caption_files import (
     CaptionFile,
     images_of,
@@ -31,7 +31,7 @@ from llama3v.model.tiles import image_key, read_image_file
 BATCH = 8  # images that are captioned together
 
 
-def caption(config: CaptionConfig, engine: Engine | None = None) -> dict[str, Any]:
+def caption(config: CaptionConfig, engine: BatchEngine | None = None) -> dict[str, Any]:
     """Caption an image, several, or every image under folders; captions go to stdout.
 
     One image: its caption. More: one line each, "name<TAB>caption"; with `config.json` one object at the end, which is
@@ -64,7 +64,7 @@ def caption(config: CaptionConfig, engine: Engine | None = None) -> dict[str, An
 class _Job:
     """One run of the verb: what is known so far, and where it goes."""
 
-    def __init__(self, config: CaptionConfig, engine: Engine | None) -> None:
+    def __init__(self, config: CaptionConfig, engine: BatchEngine | None) -> None:
         self.config = config
         self.engine = engine
         self.alone = len(config.inputs) == 1 and not Path(config.inputs[0]).is_dir()

@@ -11,7 +11,7 @@ from unicodedata import category
 from rich.console import Console
 from rich.markup import escape
 
-from llama3v.engines.base import Engine, EngineImage
+from llama3v.engines.base import BatchEngine, Engine, EngineImage
 from llama3v.errors import ImageError
 from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_file
 
@@ -71,7 +71,7 @@ def read_picture(name: str) -> tuple[bytes, "Image.Image"]:
     return data, decode_named(data, "stdin")
 
 
-def at_detail(image: "Image.Image", detail: "Detail", engine: Engine) -> EngineImage:
+def at_detail(image: "Image.Image", detail: "Detail", engine: BatchEngine) -> EngineImage:
     """What the engine is given of a picture: all of it, or its overview."""
     return image if detail == "high" else overview(image, engine.tile_size)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llama3v.data.sources.base import ImageRef
-from llama3v.engines.base import Engine, EngineImage, Question
+from llama3v.engines.base import BatchEngine, EngineImage, Question
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, append_records, read_records
 from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
@@ -26,7 +26,7 @@ def show_file(image: ImageRef, condition: str) -> EngineImage:
 
 
 def answer_task(
-    engine: Engine,
+    engine: BatchEngine,
     task: Task,
     out: Path,
     *,

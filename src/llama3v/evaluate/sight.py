@@ -6,7 +6,7 @@ A model that answers as well with a wrong image has learnt the questions, not to
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from llama3v.engines.base import Engine, ImageFeatures
+from llama3v.engines.base import BatchEngine, ImageFeatures
 from llama3v.errors import DataError
 from llama3v.model.prompt import Turn
 
@@ -55,7 +55,7 @@ def _plain(text: str) -> str:
 
 
 def measure_sight(
-    engine: Engine,
+    engine: BatchEngine,
     probes: Sequence[Probe],
     *,
     batch: int = 64,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama3v.config import EvalConfig
 from llama3v.data.sources.base import ImageRef
-from llama3v.engines.base import Engine, EngineImage, ImageFeatures
+from llama3v.engines.base import BatchEngine, EngineImage, ImageFeatures
 from llama3v.engines.terminal import at_detail, open_engine
 from llama3v.errors import ConfigError
 from llama3v.evaluate.sight import OVERVIEW
@@ -29,7 +29,7 @@ class Pictures:
         from_cache: how many times the cache gave the features.
     """
 
-    engine: Engine
+    engine: BatchEngine
     cache: "CacheReader | None" = None
     overview: bool = False
     from_cache: int = field(default=0, init=False)
@@ -50,12 +50,12 @@ class Pictures:
 class Subject:
     """`identity` is what its answers depend on: two runs with the same one can be one run."""
 
-    engine: Engine
+    engine: BatchEngine
     pictures: Pictures
     identity: dict[str, Any]
 
 
-def open_subject(config: EvalConfig, engine: Engine | None = None) -> Subject:
+def open_subject(config: EvalConfig, engine: BatchEngine | None = None) -> Subject:
     """Raises CheckpointError for a model that cannot be loaded, ConfigError for options that do not fit it, CacheError.
 
     Args:
@@ -112,7 +112,7 @@ def _directory(model: str) -> Path | None:
     return Path(snapshot_download(model, local_files_only=True))
 
 
-def _refuse_without_slices(model: str, engine: Engine) -> None:
+def _refuse_without_slices(model: str, engine: BatchEngine) -> None:
     from llama3v.engines.llamacpp import LlamaCppEngine
     from llama3v.engines.torch import TorchEngine
 
@@ -125,7 +125,7 @@ def _refuse_without_slices(model: str, engine: Engine) -> None:
         raise ConfigError(f"{model} was trained on overviews alone (max_tiles {slices}); leave --detail away")
 
 
-def _open_cache(root: Path, engine: Engine) -> "CacheReader":
+def _open_cache(root: Path, engine: BatchEngine) -> "CacheReader":
     from llama3v.engines.torch import TorchEngine
     from llama3v.feature_cache.layout import manifest_of
     from llama3v.feature_cache.reader import CacheReader

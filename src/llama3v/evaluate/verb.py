@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llama3v import __version__
 from llama3v.config import EvalConfig
-from llama3v.engines.base import Engine
+from llama3v.engines.base import BatchEngine
 from llama3v.engines.terminal import messages, write_summary
 from llama3v.errors import ConfigError
 from llama3v.evaluate.records import AnswerRecord, write_records
@@ -31,7 +31,7 @@ SETTINGS = ("right image", "wrong image", "blind", OVERVIEW)
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "pycocoevalcap", "nltk", "openai", "xllamacpp")
 
 
-def eval(config: EvalConfig, engine: Engine | None = None) -> dict[str, Any]:
+def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any]:
     """Measure a model on tasks; the table goes to stdout.
 
     In `config.out`: answers/LABEL.jsonl, every answer as it came (what a second run goes on from); samples/LABEL.jsonl,
