@@ -7,7 +7,6 @@
 set -euo pipefail
 DATA=${DATA:-data} CACHE=${CACHE:-cache} RUNS=${RUNS:-runs} GPUS=${GPUS:-8}
 VISION=google/siglip-so400m-patch14-384
-LLM=meta-llama/Meta-Llama-3-8B-Instruct
 
 encode() { # DATA VISION OPTIONS...: the processes share the work, one for each GPU
     local data=$1 vision=$2 pids=()
@@ -21,10 +20,8 @@ encode() { # DATA VISION OPTIONS...: the processes share the work, one for each 
 }
 
 encode "$DATA/captions.json" "$VISION" --max-tiles 0
-torchrun --standalone --nproc-per-node "$GPUS" --max-restarts 3 -m llama3v pretrain --data "$DATA/captions.json" \
-    --vision "$VISION" --llm "$LLM" --max-tiles 0 --cache "$CACHE" --out "$RUNS/stage1" \
-    --row-tokens 4096 --rows-per-step 16 --rows-per-pass 1 --precision bf16 --activation-checkpointing
-encode "$DATA/conversations.json" "$RUNS/stage1"
-torchrun --standalone --nproc-per-node "$GPUS" --max-restarts 3 -m llama3v sft --data "$DATA/conversations.json" \
-    --model "$RUNS/stage1" --cache "$CACHE" --out "$RUNS/stage2" \
-    --row-tokens 4096 --rows-per-step 16 --rows-per-pass 1 --precision bf16 --activation-checkpointing
+torchrun --standalone --nproc-per-node "$GPUS" --max-restarts 3 -m llama3v pretrain --recipe llama3_8b \
+    --data "$DATA/captions.json" --cache "$CACHE" --out "$RUNS/stage1"
+encode "$DATA/conversations.json" "$RUNS/stage1" --max-tiles 6
+torchrun --standalone --nproc-per-node "$GPUS" --max-restarts 3 -m llama3v sft --recipe llama3_8b \
+    --data "$DATA/conversations.json" --model "$RUNS/stage1" --cache "$CACHE" --out "$RUNS/stage2"

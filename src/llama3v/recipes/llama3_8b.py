@@ -3,12 +3,15 @@
 Hardware: 8 GPUs of 80 GB and about 12 TB of local disk for the cache (bf16; half of it with --codec int8).
 
     llama3v encode --data captions.json --vision google/siglip-so400m-patch14-384 --max-tiles 0 --cache /nvme/cache
-    llama3v pretrain --recipe llama3_8b --data captions.json --cache /nvme/cache --out runs/stage1
+    torchrun --nproc-per-node 8 -m llama3v pretrain --recipe llama3_8b --data captions.json \\
+        --cache /nvme/cache --out runs/stage1
     llama3v encode --data conversations.json --vision runs/stage1 --max-tiles 6 --cache /nvme/cache
-    llama3v sft --recipe llama3_8b --data conversations.json --model runs/stage1 --cache /nvme/cache --out runs/stage2
+    torchrun --nproc-per-node 8 -m llama3v sft --recipe llama3_8b --data conversations.json --model runs/stage1 \\
+        --cache /nvme/cache --out runs/stage2
 
-Training runs in one process on one GPU as yet. Stage 1 fits there; stage 2 trains all weights, which needs about 130 GB and
-therefore the several GPUs that cannot be used together so far. `--dry-run` says what a machine would need.
+By `--dry-run`, stage 1 needs 42 GB on each GPU (DDP). Stage 2 trains all weights and shares them out (FSDP2): 56 GB on
+each of eight, or 24 with `--activation-checkpointing`, which computes a third more. Encoding can be shared out, too:
+`--part 1/8` to `--part 8/8`; examples/eight_gpus.sh does all of it.
 
 Data: LLaVA-Pretrain (558k) or the like for captions, one overview tile each; LLaVA-1.5's 665k, with documents and charts
 added, or the like for conversations, up to six slices and an overview each.
