@@ -95,9 +95,18 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
 
 
 def _run(verb: str, options: Any) -> None:
-    if verb != "cache":
+    if _may_load_transformers(verb, options):
         _quiet_transformers()
     getattr(llama3v, verb)(options)
+
+
+def _may_load_transformers(verb: str, options: Any) -> bool:
+    """Whether the verb may need it; its import alone takes seconds, and a GGUF pair runs without."""
+    if verb in ("ask", "chat", "caption"):
+        from llama3v.engines.llamacpp import is_gguf_pair
+
+        return not is_gguf_pair(options.model)
+    return verb != "cache"
 
 
 def _describe(options: type, *, whole: bool) -> str:

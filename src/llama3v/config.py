@@ -633,28 +633,36 @@ class ExportConfig:
     Examples:
         llama3v export --model runs/quickstart --format hf --out exported
         llama3v export --model runs/quickstart --format gguf --weights q8_0 --out exported-gguf
+        llama3v export --model runs/quickstart --format openvino --out exported-vision
     """
 
     out: Path
     """Directory to write."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""
-    format: Literal["hf", "gguf"] = "hf"
+    format: Literal["hf", "gguf", "openvino", "onnx"] = "hf"
     """hf: a directory for transformers (and what reads its layout). gguf: a pair of files for llama.cpp and
-    Ollama."""
+    Ollama. openvino, onnx: vision tower and projector as one model of these runtimes."""
     form: Literal["idefics3", "smolvlm"] = "smolvlm"
     """hf: which stock architecture. smolvlm keeps our prompt (framing tokens are configured empty); idefics3
     adds its own framing in its processor."""
     weights: Annotated[Weights | None, arg(help_behavior_hint="")] = None
-    """gguf: type of the language model's matrices (default: as they lie on disk)."""
+    """gguf: type of the language model's matrices. openvino, onnx: f32 or f16. (Default: as they lie on disk.)"""
+    tower: Literal["auto", "openvino", "onnx", "none"] = "auto"
+    """gguf: add vision tower and projector as a model of that runtime, with which `ask` needs no PyTorch. auto: of
+    OpenVINO where it is installed, else of ONNX Runtime where that is, else none."""
     check: Annotated[bool, arg()] = True
     """Compare features, logits and greedy tokens with this package's before the export is called done."""
 
     def __post_init__(self) -> None:
-        _require(self.format == "gguf" or self.weights is None, f"--weights has no meaning for --format {self.format}")
+        for name, formats in (("form", ("hf",)), ("tower", ("gguf",)), ("weights", ("gguf", "openvino", "onnx"))):
+            _require(
+                self.format in formats or _is_default(self, name),
+                f"--{name} has no meaning for --format {self.format}",
+            )
         _require(
-            self.format == "hf" or self.form == "smolvlm",
-            f"--form has no meaning for --format {self.format}",
+            self.format == "gguf" or self.weights in (None, "f32", "f16"),
+            f"--weights {self.weights} has no meaning for --format {self.format}; give f32 or f16",
         )
 
 

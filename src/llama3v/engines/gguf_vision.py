@@ -1,95 +1,100 @@
-"""The vision half of a GGUF pair as modules of ours, so that the tower runs on any encode engine of the cache."""
+"""The vision half of a GGUF pair. No torch here: where the pair has a vision file, `ask` never imports it.
 
-import importlib.util
+    mmproj.gguf                says what the model is: its prompt, its tiles
+    vision.xml or vision.onnx  runs it, in OpenVINO or ONNX Runtime (engines/vision_file.py)
+
+A pair without them, and features out of a cache, run in torch out of mmproj.gguf's weights (engines/gguf_torch.py).
+"""
+
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.llama_api import require_gguf
+from llama3v.engines.vision_file import FILES, VisionFile, runtime_for
 from llama3v.errors import CheckpointError, ConfigError
-from llama3v.model.projector import Projector
 from llama3v.model.tiles import Tiles
-from llama3v.model.vision import SiglipTower
 
-_PARTS = {
-    "ln1": "layer_norm1",
-    "ln2": "layer_norm2",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_out": "self_attn.out_proj",
-    "ffn_up": "mlp.fc1",
-    "ffn_down": "mlp.fc2",
-}
+if TYPE_CHECKING:
+    from llama3v.engines.gguf_torch import TorchVision
 
 
 class GgufVision:
-    """Tower and projector of an mmproj.gguf that `llama3v export` wrote.
+    """Tower and projector of a pair that `llama3v export` wrote; the first image opens what runs them.
 
     Args:
-        tower: a name of feature_cache/encoders; default: OpenVINO where it is installed, else torch. In float32.
+        path: mmproj.gguf.
+        tower: "openvino" or "onnxruntime": that runtime, out of the pair's vision file where it is there; "torch" or
+            another name of feature_cache/encoders: out of mmproj.gguf. Default: a vision file whose runtime is
+            installed, else mmproj.gguf on OpenVINO where it is installed, else on torch. In float32.
+
+    Raises CheckpointError for another kind of file, a damaged one, or a vision file of another model.
     """
 
     def __init__(self, path: Path, tower: str | None = None) -> None:
-        fields, tensors = _read(path)
+        self._path, self._tower = path, tower
+        self._fields, self._reader = _read(path)
         try:
-            self.prompt_format = str(fields["llama3v.prompt_format"])
-            self.image_token_id, self.max_tiles, blocks, r = (
-                int(fields[f"llama3v.{key}"])
-                for key in ("image_token_id", "max_tiles", "projector_blocks", "scale_factor")
+            self.prompt_format = str(self._fields["llama3v.prompt_format"])
+            self.image_token_id, self.max_tiles, r = (
+                int(self._fields[f"llama3v.{key}"]) for key in ("image_token_id", "max_tiles", "scale_factor")
             )
-            depth = int(fields["clip.vision.block_count"]) - blocks
-            self.hidden = int(fields["clip.vision.projection_dim"])
-            self._tower = _tower(fields, depth)
+            self.hidden, self.tile_size, patch, width = (
+                int(self._fields[f"clip.vision.{key}"])
+                for key in ("projection_dim", "image_size", "patch_size", "embedding_length")
+            )
         except KeyError as error:
             raise CheckpointError(
                 f"{path} lacks {error}: it is no mmproj.gguf of this package; export the model with --format gguf"
             ) from error
-        self._projector = Projector(
-            width=self._tower.width,
-            heads=self._tower.heads,
-            mlp_size=self._tower.mlp_size,
-            grid_side=self._tower.grid_side,
-            scale_factor=r,
-            hidden=self.hidden,
-            blocks=blocks,
-        ).eval()
-        self.tokens_per_tile, self.tile_size = self._projector.tokens_per_tile, self._tower.tile_size
-        _fill(path, self._tower, self._projector, tensors)
-        self._encoder_name = tower or ("openvino" if importlib.util.find_spec("openvino") else "torch")
-        self._encoder: Any = None  # opened by the first image
+        self.tokens_per_tile = (self.tile_size // patch // r) ** 2
+        self.feature_shape = ((self.tile_size // patch) ** 2, width)
 
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """(patches, width) of a tile's features at the cut."""
-        return self._tower.grid_side**2, self._tower.width
-
-    @torch.inference_mode()
     def encode(self, tiles: Tiles) -> np.ndarray:
         """Tiles -> visual tokens float32 [tiles * tokens_per_tile, hidden]."""
-        if self._encoder is None:
-            from llama3v.feature_cache.encoders.choose import open_encoder
+        return self._runs.encode(tiles)
 
-            self._encoder = open_encoder(self._encoder_name, self._tower, precision="fp32", batch_tiles=1)  # type: ignore[arg-type]
-        # one tile in a pass, unrounded: `encode` would store bf16
-        features = torch.cat([self._encoder.encode_pass(tile[None]).float().cpu() for tile in tiles.pixels])
-        return self._project(features)
-
-    @torch.inference_mode()
     def project(self, image: ImageFeatures) -> np.ndarray:
-        """Features at the cut -> visual tokens."""
-        return self._project(image.features.float().cpu())
+        """Features at the cut [tiles, *feature_shape] -> visual tokens."""
+        return self._torch.project(image)
 
-    def _project(self, features: Tensor) -> np.ndarray:
-        return self._projector(self._tower.top(features)).flatten(0, 1).numpy()
+    @property
+    def runs_on(self) -> str:
+        """What runs the tower: a runtime of vision files, or "torch"."""
+        name = self._file_runtime()
+        return name or "torch"
+
+    @cached_property
+    def _runs(self) -> "VisionFile | TorchVision":
+        runtime = self._file_runtime()
+        if runtime is None:
+            return self._torch
+        file = VisionFile(self._path.parent, runtime)
+        if file.facts.digest != self._fields.get("llama3v.vision_digest"):
+            raise CheckpointError(
+                f"{file.path.name} and {self._path.name} in {self._path.parent} are of different models; use the files "
+                "of one export"
+            )
+        return file
+
+    @cached_property
+    def _torch(self) -> "TorchVision":
+        from llama3v.engines.gguf_torch import TorchVision
+
+        return TorchVision(self._path, self._fields, self._reader, self._tower)
+
+    def _file_runtime(self) -> Any:
+        folder = self._path.parent
+        if self._tower is None:
+            return runtime_for(folder)
+        return self._tower if self._tower in FILES and (folder / FILES[self._tower]).is_file() else None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(metadata, tensors in float32) of a GGUF file."""
+def _read(path: Path) -> tuple[dict[str, Any], Any]:
+    """Metadata and gguf.GGUFReader of a GGUF file, whose tensors are all there."""
     try:
         import gguf
     except ImportError as error:
@@ -97,52 +102,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     require_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {
-            tensor.name: np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-            for tensor in reader.tensors
-        }
+        return {name: field.contents() for name, field in reader.fields.items()}, reader
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); export the model again") from error
-    return fields, tensors
-
-
-def _tower(fields: dict[str, Any], depth: int) -> SiglipTower:
-    """An empty tower, cut where the model's was."""
-    keys = {"image_size": "tile_size", "patch_size": "patch_size", "embedding_length": "width"}
-    keys |= {"attention.head_count": "heads", "feed_forward_length": "mlp_size"}
-    geometry = {ours: int(fields[f"clip.vision.{theirs}"]) for theirs, ours in keys.items()}
-    tower = SiglipTower(geometry | {"depth": depth, "cut": int(fields["llama3v.cut"])}).eval()
-    tower.mean, tower.std = (tuple(map(float, fields[f"clip.vision.image_{key}"])) for key in ("mean", "std"))
-    return tower
-
-
-def _fill(path: Path, tower: SiglipTower, projector: Projector, tensors: dict[str, np.ndarray]) -> None:
-    """Give both their weights. CheckpointError where names or shapes do not fit."""
-    ours: dict[str, dict[str, Tensor]] = {"tower": {}, "projector": {}}
-    for name, values in tensors.items():
-        tensor = torch.from_numpy(np.array(values, np.float32))  # a copy: the file is mapped into memory
-        if name.startswith("v.blk."):
-            number, part, kind = name.removeprefix("v.blk.").split(".")
-            where, prefix, index = ("tower", "layers", int(number))
-            if index >= tower.depth:
-                where, prefix, index = "projector", "blocks", index - tower.depth
-            ours[where][f"{prefix}.{index}.{_PARTS[part]}.{kind}"] = tensor
-        elif name.startswith("v.post_ln."):
-            ours["projector"][f"norm.{name.removeprefix('v.post_ln.')}"] = tensor
-        elif name.startswith("v.patch_embd."):
-            ours["tower"][f"embeddings.patch_embedding.{name.removeprefix('v.patch_embd.')}"] = tensor
-        elif name == "v.position_embd.weight":
-            ours["tower"]["embeddings.position_embedding.weight"] = tensor
-        elif name == "mm.model.fc.weight":
-            ours["projector"]["linear.weight"] = tensor
-        elif name == "mm.1.weight":  # r = 1: [W, -W], see exporters/mmproj.py
-            ours["projector"]["linear.weight"] = tensor[:, : tensor.shape[1] // 2].contiguous()
-    try:
-        tower.load_state_dict(ours["tower"])
-        projector.load_state_dict(ours["projector"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path} does not hold one tower and projector ({reason}); export the model again"
-        ) from error

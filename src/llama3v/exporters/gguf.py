@@ -3,6 +3,7 @@
 model.gguf       the LLM with its tokenizer and chat template (this file)
 mmproj.gguf      vision tower, projector blocks and projector as one Idefics3 tower (exporters/mmproj.py)
 tokenizer.json   for this package's own engine, which renders prompts itself; with tokenizer_config.json
+vision.xml, .bin or vision.onnx: tower and projector for OpenVINO or ONNX Runtime (exporters/vision_files.py)
 Modelfile        for `ollama create`
 README.md        how to run it; with NOTICE where the base is Llama 3
 """
@@ -16,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama3v.engines.vision_file import FILES, Runtime
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.exporters import licence, quantise
 from llama3v.exporters.gguf_texts import modelfile, readme
 from llama3v.exporters.hf import FRAMING_TOKENS, foldable_tower, write_tokenizer
 from llama3v.exporters.mmproj import write_mmproj
 from llama3v.exporters.texts import chat_template
+from llama3v.exporters.vision_files import digest_of, write_vision_file
 from llama3v.model.fold import grow_rows
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.model.prompt import IMAGE_TOKEN, Renderer
@@ -46,13 +49,19 @@ _LLAMA_3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}
 
 
 def write_gguf(
-    model: Llama3VForConditionalGeneration, tokenizer: Any, directory: Path, *, weights: str
+    model: Llama3VForConditionalGeneration,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    weights: str,
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Write `model` into the existing, empty `directory` and return what the summary should say.
 
     Args:
         tokenizer: the LLM's fast tokenizer.
         weights: type of the LLM's matrices, a key of `quantise.TYPES`.
+        runtime: whose vision file is added (vision_files.py), if any.
 
     Raises:
         CheckpointError: the model, its LLM or its tokenizer has no GGUF form here.
@@ -75,7 +84,9 @@ def write_gguf(
         writer.add_tensor(name, quantise.encoded(gguf, values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
         tensors += 1
     finish(writer)
-    tensors += write_mmproj(gguf, model, tower, directory / VISION_FILE, half=weights != "f32")
+    half = weights != "f32"
+    tensors += write_mmproj(gguf, model, tower, directory / VISION_FILE, half=half, digest=digest_of(model))
+    added = write_vision_file(model, tower, directory, runtime=runtime, half=half) if runtime is not None else 0
     base = licence.base_of(config.text_config, tokenizer)
     if base is not None:
         (directory / "NOTICE").write_text(licence.notice(base))
@@ -88,6 +99,8 @@ def write_gguf(
         "weights": weights,
         "tensors": tensors,
         "bytes": sum((directory / name).stat().st_size for name in (LLM_FILE, VISION_FILE)),
+        "vision_file": FILES[runtime] if runtime is not None else None,
+        "vision_file_bytes": added,
         "image_token_id": config.image_token_id,
         "tokens_per_tile": model.tokens_per_tile,
         "base": base,

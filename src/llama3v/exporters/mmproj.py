@@ -35,9 +35,13 @@ OUR_KEYS = "llama3v"
 
 
 def write_mmproj(
-    gguf: Any, model: Llama3VForConditionalGeneration, tower: SiglipTower, path: Path, *, half: bool
+    gguf: Any, model: Llama3VForConditionalGeneration, tower: SiglipTower, path: Path, *, half: bool, digest: str
 ) -> int:
-    """Write the file; returns the number of tensors. `half`: matrices in float16 instead of float32."""
+    """Write the file; returns the number of tensors. `half`: matrices in float16 instead of float32.
+
+    Args:
+        digest: of the weights (vision_files.py), by which a vision file beside it is known to be of the same model.
+    """
     from llama3v.exporters.gguf import finish
 
     config = model.config
@@ -61,6 +65,7 @@ def write_mmproj(
     writer.add_vision_image_mean(list(tower.mean))
     writer.add_vision_image_std(list(tower.std))
     writer.add_string(f"{OUR_KEYS}.prompt_format", config.prompt_format)
+    writer.add_string(f"{OUR_KEYS}.vision_digest", digest)
     writer.add_uint32(f"{OUR_KEYS}.cut", tower.cut)
     for key in ("scale_factor", "projector_blocks", "max_tiles", "image_token_id"):
         writer.add_uint32(f"{OUR_KEYS}.{key}", getattr(config, key))

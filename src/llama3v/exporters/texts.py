@@ -1,7 +1,8 @@
-"""The two texts of a stock directory: the chat template and the README."""
+"""The texts of a stock directory, the chat template and the README, and the README of a vision file."""
 
 from collections.abc import Sequence
 
+from llama3v.engines.vision_file import FILES, Runtime, VisionFacts
 from llama3v.model.prompt import Turn
 
 # format -> what stands at the begin of a prompt, before a role, after a role, and at the end of a turn. The same as
@@ -109,3 +110,62 @@ def readme(form: str, tile_size: int, tokens_per_tile: int, built_with: str | No
         needs="num2words torchvision" if form == "smolvlm" else "torchvision",
     )
     return text + (_FRAMING_NOTE if form == "idefics3" else "")
+
+
+_VISION_README = """\
+---
+library_name: {library}
+pipeline_tag: image-feature-extraction
+---
+# The eyes of a Llama 3-V
+{built_with}
+Vision tower and projector as one model, `{file}`, written by `llama3v export`. A tile of an image goes in, and out come
+the visual tokens that its language model reads: embeddings of that model, {tokens_per_tile} for each tile, {hidden} numbers each.
+
+```python
+{program}
+```
+
+- Input `pixel_values`: float32 [tiles, 3, {tile_size}, {tile_size}], any number of tiles; (value / 255 - mean) / std of each
+  channel, with mean {mean} and std {std}.
+- Output `visual_tokens`: float32 [tiles, {tokens_per_tile}, {hidden}].
+- An image is its overview, resized to one tile as above. For detail, also resize it to columns x rows tiles and cut it
+  into slices; `llama3v ask` shows both to the model, and says how in its documentation.
+- The same facts stand in the file's metadata, under `llama3v`.
+"""
+
+_VISION_PROGRAMS = {
+    "openvino": """\
+import numpy as np
+import openvino
+from PIL import Image
+
+photo = Image.open("photo.jpg").convert("RGB").resize(({tile_size}, {tile_size}), Image.Resampling.BICUBIC)
+pixels = (np.asarray(photo, np.float32) / 255 - {mean}) / {std}
+tiles = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+visual_tokens = openvino.compile_model("vision.xml", "CPU")([tiles])["visual_tokens"]
+print(visual_tokens.shape)""",
+    "onnxruntime": """\
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+photo = Image.open("photo.jpg").convert("RGB").resize(({tile_size}, {tile_size}), Image.Resampling.BICUBIC)
+pixels = (np.asarray(photo, np.float32) / 255 - {mean}) / {std}
+tiles = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+session = onnxruntime.InferenceSession("vision.onnx")
+visual_tokens = session.run(["visual_tokens"], {{"pixel_values": tiles}})[0]
+print(visual_tokens.shape)""",
+}
+
+
+def vision_readme(runtime: Runtime, facts: VisionFacts, built_with: str | None) -> str:
+    """How to run a vision file. `built_with`: the sentence that the licence of the base asks for."""
+    values = {name: getattr(facts, name) for name in ("tile_size", "mean", "std", "tokens_per_tile", "hidden")}
+    return _VISION_README.format(
+        library="openvino" if runtime == "openvino" else "onnx",
+        file=FILES[runtime],
+        program=_VISION_PROGRAMS[runtime].format(**values),
+        built_with=f"\n{built_with}\n" if built_with else "",
+        **values,
+    )

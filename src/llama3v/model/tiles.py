@@ -172,6 +172,15 @@ def to_pixels(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     return values.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
+def normalised(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """`to_pixels` without torch, to the bit: uint8 tiles [n, S, S, 3] -> float32 [n, 3, S, S]."""
+    values = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2), np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(mean, np.float32).reshape(3, 1, 1)
+    values /= np.asarray(std, np.float32).reshape(3, 1, 1)
+    return values
+
+
 def _resize(image: Image.Image, columns: int, rows: int, tile_size: int) -> np.ndarray:
     """The picture as columns x rows tiles, row by row: uint8 [columns * rows, S, S, 3]."""
     resized = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
