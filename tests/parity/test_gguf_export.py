@@ -193,13 +193,15 @@ def test_ask_runs_a_pair_by_its_directory(exported, tmp_path: Path, capsys) -> N
 
 @pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_k_m"])
 def test_rounded_weights_stay_close_and_are_smaller(model_dir: Path, exported, tmp_path: Path, weights: str) -> None:
-    summary = export(ExportConfig(out=tmp_path / "out", model=str(model_dir), format="gguf", weights=weights))
+    config = ExportConfig(out=tmp_path / "out", model=str(model_dir), format="gguf", weights=weights, tower="none")
+    summary = export(config)
     assert summary["bytes"] < 0.75 * exported[1]["bytes"]
     assert 0 < summary["check"]["logits"] < {"f16": 0.1, "q8_0": 0.5, "q4_k_m": 1.0}[weights]
 
 
 def test_all_729_tokens_go_through_the_janus_form(tmp_path: Path) -> None:
-    summary = export(ExportConfig(out=tmp_path / "out", model=str(make(tmp_path / "model", 1)), format="gguf"))
+    model = str(make(tmp_path / "model", 1))
+    summary = export(ExportConfig(out=tmp_path / "out", model=model, format="gguf", tower="none"))
     assert summary["form"] == "janus_pro"
     assert summary["check"]["visual_tokens"] < 1e-2
     assert summary["check"]["greedy_equal"] == 3

@@ -80,7 +80,9 @@ def test_the_readmes_program_runs_without_torch_and_transformers(exported, tmp_p
     for file in directory.glob("vision.*"):
         shutil.copy(file, tmp_path / "run")
     picture(2).save(tmp_path / "run" / "photo.jpg")
-    without = "import sys\nfor name in ('torch', 'transformers', 'llama3v', 'openvino_telemetry'): sys.modules[name] = None\n"
+    without = (
+        "import sys\nfor name in ('torch', 'transformers', 'llama3v', 'openvino_telemetry'): sys.modules[name] = None\n"
+    )
     command = [sys.executable, "-c", without + program[1]]
     run = subprocess.run(command, cwd=tmp_path / "run", capture_output=True, text=True, timeout=240, check=True)
     assert run.stdout.strip() == "(1, 1, 32)"

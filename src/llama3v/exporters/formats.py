@@ -1,5 +1,6 @@
 """The formats of the verb `export`: each writes a directory, checks it, and says so in a line."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,15 +144,9 @@ def _runtime_of(config: ExportConfig) -> "Runtime | None":
 
     if config.tower != "auto":
         return _RUNTIMES.get(config.tower)
-    if is_installed("openvino"):
-        return "openvino"
-    return "onnxruntime" if is_installed("onnxruntime") and _can_write_onnx() else None
-
-
-def _can_write_onnx() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("onnx") is not None
+    if importlib.util.find_spec("onnx") is None:  # both kinds are written with it
+        return None
+    return next((runtime for runtime in _RUNTIMES.values() if is_installed(runtime)), None)
 
 
 _SHORT_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
