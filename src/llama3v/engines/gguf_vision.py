@@ -15,7 +15,7 @@ import numpy as np
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.llama_api import require_gguf
 from llama3v.engines.vision_file import FILES, VisionFile, runtime_for
-from llama3v.errors import CheckpointError, ConfigError, PromptError
+from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -58,13 +58,7 @@ class GgufVision:
         return self._runs.encode(tiles)
 
     def project(self, image: ImageFeatures) -> np.ndarray:
-        """Features at the cut [tiles, *feature_shape] -> visual tokens. PromptError where they are of another shape."""
-        expected = (image.grid.tiles, *self.feature_shape)
-        if tuple(image.features.shape) != expected:
-            raise PromptError(
-                f"expected features of {expected} for a grid of {image.grid.columns}x{image.grid.rows}, "
-                f"found {tuple(image.features.shape)}; use the cache that was made for this model"
-            )
+        """Features at the cut [tiles, *feature_shape] -> visual tokens."""
         return self._torch.project(image)
 
     @property
