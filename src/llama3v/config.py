@@ -24,6 +24,8 @@ Attention = Literal["auto", "sdpa", "flex"]
 Codec = Literal["bf16", "int8", "fp8"]
 Mode = Literal["features", "pixels", "stream"]
 Detail = Literal["low", "high"]
+Runtime = Literal["torch", "llamacpp", "mlx", "auto"]
+AnswerWeights = Literal["full", "int8", "int4"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Engine = Literal["torch", "torch-compile", "openvino", "onnxruntime", "mlx", "auto"]
 
@@ -537,8 +539,22 @@ class Sampling:
         return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
 
+MaybeRuntime = Annotated[Runtime | None, arg(metavar="{torch,llamacpp,mlx,auto}", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """On what a trained model runs."""
+
+    engine: MaybeRuntime = None
+    """torch, llamacpp (a GGUF pair) or mlx (Apple). auto measures those that can run the model and says which is
+    fastest. Without it: llamacpp for a GGUF pair, else torch."""
+    weights: AnswerWeights = "full"
+    """Hold the LLM's matrices in 8 or 4 bits: less memory, other answers. full: as they are."""
+
+
 @dataclass(frozen=True)
-class AskConfig(Sampling):
+class AskConfig(Sampling, Running):
     """Ask a question about one or more images; the answer streams to the terminal.
 
     Examples:
@@ -568,7 +584,7 @@ class AskConfig(Sampling):
 
 
 @dataclass(frozen=True)
-class ChatConfig(Sampling):
+class ChatConfig(Sampling, Running):
     """Talk about images, turn by turn. `/image FILE` adds a picture, `/reset` starts anew, `/quit` leaves.
 
     Example:
@@ -590,7 +606,7 @@ class ChatConfig(Sampling):
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(Running):
     """Caption an image, or every image of a folder (resumable: captions that exist are kept).
 
     Examples:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llama3v.config import Sampling
+from llama3v.config import AnswerWeights, Sampling
 from llama3v.engines.base import Engine
 from llama3v.engines.torch import TorchEngine
 from llama3v.errors import CheckpointError, ConfigError, PromptError
@@ -225,3 +225,19 @@ def test_a_model_that_breaks_while_it_is_read_ends_only_that_answer(
     monkeypatch.undo()
     protocol: Engine = engine  # what the verbs and the server see
     assert protocol.answer(ASK, [picture(1)], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("weights", "largest"), [("int8", 0.1), ("int4", 1.0)])
+def test_an_llm_in_fewer_bits_answers_nearly_as_the_whole_one(
+    alone: TorchEngine, tiny_model_dir: Path, weights: AnswerWeights, largest: float
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra lora is not installed")
+    held = TorchEngine(tiny_model_dir, device="cpu", weights=weights)
+    sampling = Sampling(logprobs=300)
+    whole, rounded = (
+        next(engine.generate(ASK, [picture(1)], max_new_tokens=1, sampling=sampling)).tokens[0].alternatives
+        for engine in (alone, held)
+    )
+    known = {token.id: token.logprob for token in whole}
+    differences = [abs(known[token.id] - token.logprob) for token in rounded if token.id in known]
+    assert 0 < sum(differences) / len(differences) < largest

@@ -40,7 +40,7 @@ def caption(config: CaptionConfig, engine: BatchEngine | None = None) -> dict[st
     image, prompt and detail is kept. A bad image goes to ledger.jsonl there, and to stderr; alone, it is an error.
 
     Args:
-        engine: runs the model; default: a TorchEngine of `config.model`, loaded when the first image needs it.
+        engine: runs the model; default: that of `config.model`, loaded when the first image needs it.
 
     Returns the summary, which is also `config.out`/summary.json ("kept" counts images that needed no new caption: they
     had one, or equal another image). Raises ImageError for a single bad image, DataError
@@ -149,7 +149,9 @@ class _Job:
     def _answer(self, pictures: list[Any]) -> list[str]:
         if not pictures:
             return []
-        self.engine = self.engine or open_engine(self.config.model, quiet=not self.progress.disable)
+        self.engine = self.engine or open_engine(
+            self.config.model, self.config.engine, weights=self.config.weights, quiet=not self.progress.disable
+        )
         turns = [Turn("user", self.config.prompt, (0,))]
         questions = [(turns, [at_detail(picture, self.config.detail, self.engine)]) for picture in pictures]
         answers = self.engine.answer_batch(questions, max_new_tokens=self.config.max_new_tokens)

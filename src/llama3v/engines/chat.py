@@ -81,14 +81,14 @@ def chat(config: ChatConfig, engine: Engine | None = None) -> dict[str, Any]:
     """Talk about images until /quit or the end of the input; answers go to stdout, everything else to stderr.
 
     Args:
-        engine: runs the model; default: a TorchEngine of `config.model`.
+        engine: runs the model; default: that of `config.model` and `config.engine`.
 
     Returns {"verb", "model", "turns": [{"role", "text", "images"}, ...]} of the conversation since the last /reset.
     Raises ImageError for a bad file on the command line; a bad file later is told and the conversation goes on.
     """
     console = messages()
     pictures = [read_picture(name) for name in config.images]
-    conversation = Conversation(engine or open_engine(config.model), config)
+    conversation = Conversation(engine or open_engine(config.model, config.engine, weights=config.weights), config)
     for data, image in pictures:
         conversation.show(data, image)
     if sys.stdin.isatty():

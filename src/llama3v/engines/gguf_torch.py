@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama3v.engines.base import ImageFeatures
+from llama3v.engines.vision import Vision
 from llama3v.errors import CheckpointError
 from llama3v.model.projector import Projector
-from llama3v.model.tiles import Tiles
 from llama3v.model.vision import SiglipTower
 
 _PARTS = {
@@ -26,7 +25,7 @@ _PARTS = {
 }
 
 
-class TorchVision:
+class TorchVision(Vision):
     """Tower and projector of an mmproj.gguf.
 
     Args:
@@ -36,38 +35,18 @@ class TorchVision:
 
     def __init__(self, path: Path, fields: dict[str, Any], reader: Any, encoder: str | None = None) -> None:
         blocks = int(fields["llama3v.projector_blocks"])
-        self._tower = _tower(fields, int(fields["clip.vision.block_count"]) - blocks)
-        self._projector = Projector(
-            width=self._tower.width,
-            heads=self._tower.heads,
-            mlp_size=self._tower.mlp_size,
-            grid_side=self._tower.grid_side,
+        tower = _tower(fields, int(fields["clip.vision.block_count"]) - blocks)
+        projector = Projector(
+            width=tower.width,
+            heads=tower.heads,
+            mlp_size=tower.mlp_size,
+            grid_side=tower.grid_side,
             scale_factor=int(fields["llama3v.scale_factor"]),
             hidden=int(fields["clip.vision.projection_dim"]),
             blocks=blocks,
-        ).eval()
-        _fill(path, self._tower, self._projector, reader)
-        self._encoder_name = encoder or ("openvino" if importlib.util.find_spec("openvino") else "torch")
-        self._encoder: Any = None  # opened by the first image
-
-    @torch.inference_mode()
-    def encode(self, tiles: Tiles) -> np.ndarray:
-        """Tiles -> visual tokens float32 [tiles * tokens_per_tile, hidden]."""
-        if self._encoder is None:
-            from llama3v.feature_cache.encoders.choose import open_encoder
-
-            self._encoder = open_encoder(self._encoder_name, self._tower, precision="fp32", batch_tiles=1)  # type: ignore[arg-type]
-        # one tile in a pass, unrounded: `encode` would store bf16
-        features = torch.cat([self._encoder.encode_pass(tile[None]).float().cpu() for tile in tiles.pixels])
-        return self._project(features)
-
-    @torch.inference_mode()
-    def project(self, image: ImageFeatures) -> np.ndarray:
-        """Features at the cut -> visual tokens float32 [tiles * tokens_per_tile, hidden]."""
-        return self._project(image.features.float().cpu())
-
-    def _project(self, features: Tensor) -> np.ndarray:
-        return self._projector(self._tower.top(features)).flatten(0, 1).numpy()
+        )
+        _fill(path, tower, projector, reader)
+        super().__init__(tower, projector, encoder or ("openvino" if importlib.util.find_spec("openvino") else "torch"))
 
 
 def _tower(fields: dict[str, Any], depth: int) -> SiglipTower:

@@ -18,7 +18,7 @@ from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_fi
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llama3v.config import Detail
+    from llama3v.config import AnswerWeights, Detail, Runtime
 
 STDIN = "-"
 PICTURE_COLUMNS = 60
@@ -30,22 +30,21 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def open_engine(model: str, *, quiet: bool = False) -> Engine:
-    """The engine of a model directory, GGUF pair or hub name, with a note on the terminal while it loads.
-
-    Raises CheckpointError, and ConfigError where a GGUF pair needs an extra.
+def open_engine(
+    model: str, runtime: "Runtime | None" = None, *, weights: "AnswerWeights" = "full", quiet: bool = False
+) -> Engine:
+    """An engine that is opened (engines/choose.py), with a note on the terminal meanwhile, and what `auto` chose.
 
     Args:
         quiet: without the note, for who has a progress bar there already.
     """
+    from llama3v.engines import choose
+
     with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
-        if (Path(model) / "model.gguf").is_file():
-            from llama3v.engines.llamacpp import LlamaCppEngine
-
-            return LlamaCppEngine(model)
-        from llama3v.engines.torch import TorchEngine  # slow to import
-
-        return TorchEngine(model)
+        choice = choose.open_engine(model, runtime, weights=weights)
+    if choice.reason:
+        messages().print(escape(choice.reason))
+    return choice.engine
 
 
 def printable(text: str) -> str:

@@ -8,14 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama3v.config import AnswerWeights, LlmWeights
 from llama3v.engines.base import EngineImage, ImageFeatures, Question
 from llama3v.engines.cached import CachedEngine, check_conversations
 from llama3v.engines.detokenizer import Detokenizer
 from llama3v.engines.prefix import Span
 from llama3v.errors import CheckpointError
+from llama3v.model.frozen import hold
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, load_model
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles, decode_image, make_tiles, to_pixels
+
+_HELD: dict[AnswerWeights, LlmWeights] = {"full": "fp32", "int8": "int8", "int4": "nf4"}
 
 
 class TorchEngine(CachedEngine):
@@ -24,19 +28,29 @@ class TorchEngine(CachedEngine):
     Args:
         model_dir: a Llama 3-V model directory or hub name.
         device: "cpu", "cuda", ...; default: a GPU where there is one.
+        weights: "full", or the LLM's matrices in "int8" or "int4" (NF4), through bitsandbytes (model/frozen.py).
         conversations: see Engine; a KV cache grows as it is needed.
 
-    Raises CheckpointError where the model cannot be loaded.
+    Raises CheckpointError where the model cannot be loaded, ConfigError where bitsandbytes is needed and absent.
     """
 
     name = "torch"
 
-    def __init__(self, model_dir: str | Path, device: str | None = None, *, conversations: int = 1) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: str | None = None,
+        *,
+        weights: AnswerWeights = "full",
+        conversations: int = 1,
+    ) -> None:
         check_conversations(conversations)
         model, tokenizer = load_model(model_dir)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-        model.to(device=target, dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper loses the self
+        model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper loses the self
+        hold(model.llm, _HELD[weights], target)
+        model.to(device=target)  # type: ignore[call-arg]
         self._open(model, tokenizer, conversations)
 
     @classmethod

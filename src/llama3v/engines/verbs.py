@@ -23,7 +23,7 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     """Answer one question about images (or about none); the answer streams to stdout, or is part of one JSON object.
 
     Args:
-        engine: runs the model; default: a TorchEngine of `config.model`.
+        engine: runs the model; default: that of `config.model` and `config.engine`.
 
     Returns the summary, which is also `config.out`/summary.json: question, answer and timings in seconds. Raises
     ConfigError, ImageError, PromptError or CheckpointError before any output.
@@ -31,7 +31,7 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     names, question = _images_and_question(config.inputs)
     pictures = [read_picture(name) for name in names]  # before the model: a bad file is told at once
     started = time.perf_counter()
-    engine = engine or open_engine(config.model)
+    engine = engine or open_engine(config.model, config.engine, weights=config.weights)
     loaded = time.perf_counter()
     turns = [Turn("user", question, tuple(range(len(pictures))))]
     generation = engine.generate(
@@ -52,6 +52,8 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
         "verb": "ask",
         "version": __version__,
         "model": config.model,
+        "engine": engine.name,
+        "weights": config.weights,
         "images": [{"file": name, "key": image_key(data)} for name, (data, _) in zip(names, pictures, strict=True)],
         "question": question,
         "answer": "".join(pieces),

@@ -138,5 +138,5 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError("--llm-weights int8 and nf4 need an extra: pip install 'llama3v[lora]'") from error
+        raise ConfigError("an LLM in int8 or 4 bits needs an extra: pip install 'llama3v[lora]'") from error
     return bitsandbytes
