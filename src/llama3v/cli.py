@@ -30,6 +30,7 @@ VERBS: dict[str, type] = {
     "export": config.ExportConfig,
     "eval": config.EvalConfig,
     "compare": config.CompareConfig,
+    "ablate": config.AblateConfig,
 }
 
 _DESCRIPTION = """Llama 3-V: give a language model eyes, cheaply, and run the result anywhere.

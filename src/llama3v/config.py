@@ -421,8 +421,16 @@ class PretrainConfig(TrainConfig):
     """As in the encode pass; it becomes a property of the model."""
     scale_factor: int = 3
     """r: r x r patches become one visual token; it must divide the side of the patch grid."""
+    projector_blocks: int = 2
+    """Self-attention blocks of the projector. Two make a Llama 3-V; other counts are for ablations."""
+    projector_head: Literal["linear", "mlp"] = "linear"
+    """What follows them. mlp, for ablations: the two layers of LLaVA-1.5, which cannot be exported."""
     prompt_format: Literal["auto", "llama3", "chatml"] = "auto"
     """How turns are written; auto reads it off the tokenizer's special tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.projector_blocks >= 0, f"--projector-blocks is {self.projector_blocks}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -752,3 +760,66 @@ class CompareConfig:
     """Which of the conditions is compared."""
     out: MaybePath = None
     """Directory for summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """What does each part of the model bring? Short trainings that differ in one thing, from one feature cache.
+
+    Every variant is trained at the same steps, data order and seeds as the base (a Llama 3-V with the options given
+    here), and compared with it seed by seed. Run again to go on: finished trainings are kept.
+
+    Example:
+        llama3v ablate --data train.json --validation dev.json --cache cache --vision siglip --llm smollm2 \\
+            --variants linear mlp blocks=1 r=1 --pretrain-steps 100 --sft-steps 100 --out ablation
+    """
+
+    data: Annotated[tuple[str, ...], arg(metavar="DATA...")]
+    """Data sets of both stages; their images must be in the cache, as every variant needs them."""
+    validation: str
+    """A data set that is not trained on: its loss with the right and with shuffled images is what is compared."""
+    cache: Path
+    """Root of the feature cache."""
+    vision: str
+    """Vision tower, as in pretrain."""
+    llm: str
+    """Language model, as in pretrain."""
+    out: Path
+    """Directory for the table (ablation.json, ablation.html) and the trainings."""
+    variants: Annotated[tuple[str, ...], arg(metavar="VARIANT...")] = ("linear", "mlp", "blocks=1")
+    """What is changed, one variant each: blocks=N, linear (blocks=0), mlp (LLaVA-1.5's projector), r=N, max-tiles=N,
+    cut=N, codec=NAME, policy=NAME, no-stage-1; joined by + to change several at once, as in cut=20+policy=seed."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each variant is trained once with each; they decide new weights and the order of samples."""
+    pretrain_steps: int = 100
+    """Steps of stage 1."""
+    sft_steps: int = 0
+    """Steps of stage 2; 0 compares after stage 1."""
+    scale_factor: int = 3
+    """r of the base."""
+    max_tiles: int = 0
+    """Most slices of an image, of the base."""
+    row_tokens: int = 256
+    """Tokens in a packed row."""
+    rows_per_step: int = 4
+    """Packed rows in one optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of the projector, in both stages."""
+    llm_learning_rate: float = 2e-4
+    """Peak learning rate of the LLM in stage 2."""
+    precision: Precision = "fp32"
+    """Precision of forward and backward passes."""
+    validation_samples: int = 256
+    """Samples of `validation` that are used."""
+    limit: MaybeInt = None
+    """Use only the first N samples of each data set."""
+    dollars_per_hour: float = 0.0
+    """Price of this machine."""
+    keep_models: Annotated[bool, FlagCreatePairsOff] = False
+    """Keep the weights of every training (default: only what was measured)."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.seeds) >= 1, "--seeds is empty; give one or more")
+        _require(len(set(self.seeds)) == len(self.seeds), "--seeds names one twice; give each once")
+        _require(self.pretrain_steps >= 1, f"--pretrain-steps is {self.pretrain_steps}; give 1 or more")
+        _require(self.sft_steps >= 0, f"--sft-steps is {self.sft_steps}; give 0 (stage 1 only) or more")

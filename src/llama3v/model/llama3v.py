@@ -39,6 +39,7 @@ class Llama3VConfig(PreTrainedConfig):
         text_config: configuration of the LLM (any Llama-family model transformers knows).
         scale_factor: r; r x r patches become one visual token.
         projector_blocks: self-attention blocks in the projector.
+        projector_head: "linear", or "mlp" (for ablations) after the unshuffle.
         max_tiles: most slices of one image beside its overview.
         prompt_format: "llama3" or "chatml".
     """
@@ -52,6 +53,7 @@ class Llama3VConfig(PreTrainedConfig):
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
         scale_factor: int = 3,
         projector_blocks: int = 2,
+        projector_head: str = "linear",
         max_tiles: int = 6,
         prompt_format: str = "llama3",
         **kwargs: Any,
@@ -62,6 +64,7 @@ class Llama3VConfig(PreTrainedConfig):
         self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
         self.scale_factor = scale_factor
         self.projector_blocks = projector_blocks
+        self.projector_head = projector_head
         self.max_tiles = max_tiles
         self.prompt_format = prompt_format
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -103,6 +106,7 @@ class Llama3VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             scale_factor=config.scale_factor,
             hidden=config.text_config.hidden_size,
             blocks=config.projector_blocks,
+            head=config.projector_head,
         )
         self.llm = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -231,6 +235,7 @@ def build_model(
     max_tiles: int = 6,
     prompt_format: str = "auto",
     projector_blocks: int = 2,
+    projector_head: str = "linear",
     seed: int = 0,
     llm_dtype: torch.dtype = torch.float32,
 ) -> tuple[Llama3VForConditionalGeneration, PreTrainedTokenizerBase]:
@@ -245,6 +250,7 @@ def build_model(
         text_config=language_model.config,
         scale_factor=scale_factor,
         projector_blocks=projector_blocks,
+        projector_head=projector_head,
         max_tiles=max_tiles,
         prompt_format=detect_format(tokenizer) if prompt_format == "auto" else prompt_format,
     )

@@ -34,6 +34,8 @@ class Projector(nn.Module):
         grid_side: patches along one side of a tile; r (`scale_factor`) must divide it.
         hidden: width of the LLM's embeddings.
         blocks: self-attention blocks; two make a Llama 3-V, other counts are for ablations.
+        head: what follows the unshuffle: "linear", or, for ablations, "mlp", the two layers of LLaVA-1.5
+            (arXiv 2310.03744), which no stock checkpoint of ours can hold.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Projector(nn.Module):
         scale_factor: int,
         hidden: int,
         blocks: int = 2,
+        head: str = "linear",
     ) -> None:
         super().__init__()
         if grid_side % scale_factor:
@@ -57,6 +60,7 @@ class Projector(nn.Module):
         self.blocks = nn.ModuleList(SelfAttentionBlock(width, heads, mlp_size) for _ in range(blocks))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.linear = nn.Linear(width * scale_factor**2, hidden, bias=False)
+        self.after = nn.Sequential(nn.GELU(), nn.Linear(hidden, hidden)) if head == "mlp" else nn.Identity()
 
     @property
     def tokens_per_tile(self) -> int:
@@ -65,7 +69,7 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         for block in self.blocks:
             features = block(features)
-        return self.linear(pixel_unshuffle(self.norm(features), self.grid_side, self.scale_factor))
+        return self.after(self.linear(pixel_unshuffle(self.norm(features), self.grid_side, self.scale_factor)))
 
     @torch.no_grad()
     def initialise(self, embedding_rms: float, generator: torch.Generator) -> None:
@@ -85,4 +89,12 @@ class Projector(nn.Module):
             assert isinstance(block, SelfAttentionBlock)  # a ModuleList forgets the type
             start_as_identity(block)
         self.norm.reset_parameters()
-        self.linear.weight.normal_(std=embedding_rms / math.sqrt(self.linear.in_features), generator=generator)
+        scale = embedding_rms
+        if isinstance(self.after, nn.Sequential):
+            last = self.after[1]
+            assert isinstance(last, nn.Linear)
+            # GELU of unit normals has a mean square of 0.425
+            last.weight.normal_(std=embedding_rms / math.sqrt(0.425 * last.in_features), generator=generator)
+            last.bias.zero_()
+            scale = 1.0
+        self.linear.weight.normal_(std=scale / math.sqrt(self.linear.in_features), generator=generator)

@@ -40,6 +40,8 @@ def _new(config: PretrainConfig) -> tuple[Llama3VConfig, Any]:
         vision_config=tower_geometry(config.vision, cut=config.cut),
         text_config=text,
         scale_factor=config.scale_factor,
+        projector_blocks=config.projector_blocks,
+        projector_head=config.projector_head,
         max_tiles=config.max_tiles,
         prompt_format=detect_format(tokenizer) if config.prompt_format == "auto" else config.prompt_format,
     )

@@ -23,6 +23,8 @@ def new_model(config: PretrainConfig) -> tuple[Model, PreTrainedTokenizerBase]:
         config.llm,
         cut=config.cut,
         scale_factor=config.scale_factor,
+        projector_blocks=config.projector_blocks,
+        projector_head=config.projector_head,
         max_tiles=config.max_tiles,
         prompt_format=config.prompt_format,
         seed=config.seed,

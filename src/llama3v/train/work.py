@@ -29,6 +29,7 @@ def work_of(model: Llama3VForConditionalGeneration, *, live_trunk: bool) -> Trai
     head_trained = head_weights if _trained(head) else 0
     embedding_trained = 0 if text.tie_word_embeddings else _trained(model.get_input_embeddings())
     llm_trained = _trained(model.llm) - head_trained - embedding_trained  # adapters included, where it has any
+    last = projector.linear.weight.numel() + sum(weight.numel() for weight in projector.after.parameters())
     gradient_in_llm = llm_trains or projector_trains or above > 0
     return TrainingWork(
         llm=Part(
@@ -39,7 +40,7 @@ def work_of(model: Llama3VForConditionalGeneration, *, live_trunk: bool) -> Trai
         ),
         head=Part(head_weights, 0, head_trained, gradient_in_llm),
         blocks=Part(layer * (top + blocks), tower.width * (top + blocks), layer * above, above > 0),
-        linear=Part(projector.linear.weight.numel(), 0, projector.linear.weight.numel() * projector_trains, above > 0),
+        linear=Part(last, 0, last * projector_trains, above > 0),
         trunk=_trunk(model, layer) if live_trunk else Part(0),
         patches=patches,
         visual_tokens=projector.tokens_per_tile,
