@@ -75,14 +75,14 @@ def write_stock(
 
 def foldable_tower(model: Llama3VForConditionalGeneration) -> SiglipTower:
     """The model's tower, if it and the projector have a stock counterpart; else CheckpointError."""
-    if model.config.projector_head != "linear":
-        raise CheckpointError(
-            "a projector with an MLP at its end has no stock form: it is for ablations, and runs in llama3v only"
-        )
     if not isinstance(model.vision, SiglipTower):
         raise CheckpointError(
             f"a tower of kind {model.vision.kind} has no stock form, so this model runs in llama3v only; "
             "export a model that was built on a SigLIP tower"
+        )
+    if model.config.projector_head != "linear":
+        raise CheckpointError(
+            "a projector with an MLP at its end has no stock form: it is for ablations, and runs in llama3v only"
         )
     return model.vision
 
