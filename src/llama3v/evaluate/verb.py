@@ -19,6 +19,7 @@ from llama3v.engines.base import BatchEngine
 from llama3v.engines.terminal import messages, write_summary
 from llama3v.errors import ConfigError
 from llama3v.evaluate.records import AnswerRecord, write_records
+from llama3v.evaluate.report import write_report
 from llama3v.evaluate.run import answer_task
 from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
 from llama3v.evaluate.specs import LoadedTask, load, parse_specs
@@ -35,7 +36,7 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
     """Measure a model on tasks; the table goes to stdout.
 
     In `config.out`: answers/LABEL.jsonl, every answer as it came (what a second run goes on from); samples/LABEL.jsonl,
-    the scored answers of this run; summary.json.
+    the scored answers of this run; summary.json and eval.html.
 
     Args:
         engine: runs the model; default: the one that fits `config.model` or `config.url`.
@@ -49,12 +50,12 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
     subject = open_subject(config, engine)
     _claim(config.out, subject.identity)
     records = _answer(config, tasks, subject)
-    rows = []
+    rows, settled = [], {}
     for one in tasks:
         label = one.spec.label
         conditions = [name for name in SETTINGS if any(record.condition == name for record in records[label])]
-        settled = [record for name in conditions for record in _settled(one, records[label], name)]
-        write_records(config.out / "samples" / f"{label}.jsonl", settled)
+        settled[label] = [record for name in conditions for record in _settled(one, records[label], name)]
+        write_records(config.out / "samples" / f"{label}.jsonl", settled[label])
         rows.append(_row(one, records[label], conditions) | {"data_digest": digests[label]})
     summary = {
         "verb": "eval",
@@ -68,7 +69,9 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_summary(config.out, summary)
+    report = write_report(config.out / "eval.html", summary, tasks, settled)
     print_scores(summary)
+    messages().print(f"report: {report}", markup=False)
     return summary
 
 

@@ -1,0 +1,52 @@
+"""What others say of their models: claims, to stand beside measured scores and never to be mistaken for them."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A column: the task that measures it here, its name in tables, and which of the task's figures is meant."""
+
+    task: str
+    name: str
+    figure: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row: what a publication says of a model, in per cent; a range as text. `source` names the publication."""
+
+    model: str
+    source: str
+    scores: dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Published:
+    note: str
+    benchmarks: tuple[Benchmark, ...]
+    claims: tuple[Claim, ...]
+
+
+def published() -> Published:
+    """The table of published.json."""
+    text = resources.files("llama3v.evaluate").joinpath("published.json").read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return Published(
+        values["note"],
+        tuple(Benchmark(**one) for one in values["benchmarks"]),
+        tuple(Claim(**one) for one in values["models"]),
+    )
+
+
+def our_row(summary: dict[str, Any]) -> dict[str, float]:
+    """Task -> our score in per cent, of the published benchmarks that a run asked, under their published figure."""
+    figures = {one.task: one.figure for one in published().benchmarks}
+    found: dict[str, float] = {}
+    for row in summary["tasks"]:
+        if row["task"] in figures and row["task"] not in found:
+            found[row["task"]] = 100 * row["conditions"]["right image"]["figures"][figures[row["task"]]]["value"]
+    return found
