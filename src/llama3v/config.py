@@ -729,6 +729,12 @@ class EvalConfig:
     detail: Annotated[Literal["low", "high", "both"] | None, arg(help_behavior_hint="")] = None
     """How much of an image is shown. low: the overview only. high: its slices, too. both: high, and low beside it.
     (default: as the model was trained; as the endpoint likes)"""
+    trained_cache: MaybePath = None
+    """Root of the cache that the model was trained from: says which pictures of a task are in it, and what the model
+    scores without them."""
+    trained_data: Annotated[tuple[str, ...], arg(metavar="DATA...", help_behavior_hint="")] = ()
+    """What the model was trained on: finds near-duplicates, too (needs the extra `duplicates`), and keeps to those
+    images of --trained-cache that these data sets name."""
 
     def __post_init__(self) -> None:
         _require(

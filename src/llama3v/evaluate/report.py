@@ -5,23 +5,33 @@ from pathlib import Path
 from typing import Any
 
 from llama3v.data.sources.base import ImageRef
+from llama3v.evaluate.contamination import NEAR, Match, Trained, picture_of
 from llama3v.evaluate.published import our_row, published
 from llama3v.evaluate.records import AnswerRecord
 from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
 from llama3v.evaluate.specs import LoadedTask
 from llama3v.evaluate.table import CONTROLS, headline, interval, notes, p_value, score
+from llama3v.model.tiles import decode_image
 from llama3v.report import GalleryItem, Report
 
-RIGHT_SHOWN, WRONG_SHOWN = 4, 8
+RIGHT_SHOWN, WRONG_SHOWN, PAIRS_SHOWN = 4, 8, 12
 LONGEST = 300  # characters of a prompt in the gallery
 GOOD = 0.5  # partial credit (ANLS, CIDEr) from which an answer is shown among the right ones
 
 
 def write_report(
-    path: Path, summary: dict[str, Any], tasks: Sequence[LoadedTask], settled: dict[str, list[AnswerRecord]]
+    path: Path,
+    summary: dict[str, Any],
+    tasks: Sequence[LoadedTask],
+    settled: dict[str, list[AnswerRecord]],
+    trained: Trained | None,
+    matches: dict[str, list[Match]],
 ) -> Path:
-    """Args:
-    settled: label -> the scored records of all conditions.
+    """The report of a run.
+
+    Args:
+        settled: label -> the scored records of all conditions.
+        trained: what is known of the training's pictures. matches: label -> those of the task's that are among them.
     """
     name = Path(str(summary["model"])).name or str(summary["model"])
     report = Report(f"What {name} sees", _subtitle(summary))
@@ -36,6 +46,8 @@ def write_report(
     _add_beside_published(report, summary, name)
     _add_categories(report, summary)
     _add_slicing(report, summary)
+    if trained is not None:
+        _add_contamination(report, summary, tasks, trained, matches)
     for one in tasks:
         _add_gallery(report, one, settled[one.spec.label])
     _add_what_was_asked(report, summary)
@@ -151,6 +163,48 @@ def _add_slicing(report: Report, summary: dict[str, Any]) -> None:
     if rows:
         columns = ["task", "with slices", "overview only", "difference of the mean", "p", "better : worse"]
         report.add_table("What slicing changed", columns, rows, "The same samples, paired; 95 % intervals.")
+
+
+def _add_contamination(
+    report: Report,
+    summary: dict[str, Any],
+    tasks: Sequence[LoadedTask],
+    trained: Trained,
+    matches: dict[str, list[Match]],
+) -> None:
+    rows = []
+    for row in summary["tasks"]:
+        known = row["contamination"]
+        clean = "–" if known["clean"] is None else f"{interval(known['clean'])}, {known['clean_samples']:,} samples"
+        score = interval(headline(row, "right image"))
+        rows.append([row["label"], known["images"], known["same_file"], known["near_duplicates"], score, clean])
+    note = f"Compared with {len(trained.keys):,} pictures of the training by their files' hash"
+    note += (
+        f", and with {len(trained.names):,} by perceptual hash ({NEAR} of 64 bits)."
+        if trained.names
+        else ("; near-duplicates were not looked for (--trained-data).")
+    )
+    columns = ["task", "pictures", "same file", "near-duplicates", "score", "without them"]
+    report.add_table("Were its pictures trained on?", columns, rows, note)
+    for one in tasks:
+        pairs = [(match, own) for match in matches[one.spec.label] for own in one.keys if own.name == match.image]
+        items = [_pair(trained, match, own) for match, own in pairs if match.trained][:PAIRS_SHOWN]
+        if items:
+            report.add_gallery(f"{one.spec.label}: pictures the training had", items, "Left: the task's.")
+
+
+def _pair(trained: Trained, match: Match, own: ImageRef) -> GalleryItem:
+    from PIL import Image, ImageOps
+
+    other = picture_of(trained, match)
+    files = [own.read(), *([other] if other is not None else [])]
+    side_by_side = Image.new("RGB", (320 * len(files), 240), "white")
+    for place, file in enumerate(files):
+        side_by_side.paste(ImageOps.pad(decode_image(file), (320, 240), color="white"), (320 * place, 0))
+    kind = "same file" if match.same_file else f"{match.bits} bits apart"
+    return GalleryItem(
+        side_by_side, [("task", match.image, None), ("training", match.trained, None), ("they are", kind, None)]
+    )
 
 
 def _add_gallery(report: Report, one: LoadedTask, records: Sequence[AnswerRecord]) -> None:

@@ -76,6 +76,13 @@ def notes(summary: dict[str, Any]) -> list[str]:
             found.append(
                 f"{row['label']}: no better than with wrong images (p = {p_value(against['p_value'])}): no sight shown."
             )
+        known = row.get("contamination")
+        if known is not None:
+            left = "" if known["clean"] is None else f"; without them {row['figure']} {interval(known['clean'])}"
+            found.append(
+                f"{row['label']}: of {known['images']:,} pictures the training had {known['same_file']:,}, and near-duplicates "
+                f"of {known['near_duplicates']:,}{left}."
+            )
         change = row["differences"].get("overview only")
         if change is not None:
             found.append(

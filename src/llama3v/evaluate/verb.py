@@ -18,6 +18,7 @@ from llama3v.config import EvalConfig
 from llama3v.engines.base import BatchEngine
 from llama3v.engines.terminal import messages, write_summary
 from llama3v.errors import ConfigError
+from llama3v.evaluate.contamination import Match, Trained, clean_samples, read_trained
 from llama3v.evaluate.records import AnswerRecord, write_records
 from llama3v.evaluate.report import write_report
 from llama3v.evaluate.run import answer_task
@@ -47,6 +48,8 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
     started = time.perf_counter()
     tasks = [load(spec, config.limit) for spec in parse_specs(config.tasks, config.data)]  # bad data is told at once
     digests = {one.spec.label: one.digest for one in tasks}
+    trained = _read_trained(config)
+    found = {one.spec.label: trained.matches(one.keys) if trained else [] for one in tasks}
     subject = open_subject(config, engine)
     _claim(config.out, subject.identity)
     records = _answer(config, tasks, subject)
@@ -56,7 +59,10 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
         conditions = [name for name in SETTINGS if any(record.condition == name for record in records[label])]
         settled[label] = [record for name in conditions for record in _settled(one, records[label], name)]
         write_records(config.out / "samples" / f"{label}.jsonl", settled[label])
-        rows.append(_row(one, records[label], conditions) | {"data_digest": digests[label]})
+        row = _row(one, records[label], conditions) | {"data_digest": digests[label]}
+        if trained is not None:
+            row["contamination"] = _contamination(one, records[label], found[label])
+        rows.append(row)
     summary = {
         "verb": "eval",
         "version": __version__,
@@ -65,14 +71,40 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
         "limit": config.limit,
         "tasks": rows,
         "features_from_cache": subject.pictures.from_cache,
+        "trained": None if trained is None else {"images": len(trained.keys), "hashed": len(trained.names)},
         "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_summary(config.out, summary)
-    report = write_report(config.out / "eval.html", summary, tasks, settled)
+    report = write_report(config.out / "eval.html", summary, tasks, settled, trained, found)
     print_scores(summary)
     messages().print(f"report: {report}", markup=False)
     return summary
+
+
+def _read_trained(config: EvalConfig) -> Trained | None:
+    """None where contamination is not asked for."""
+    if config.trained_cache is None and not config.trained_data:
+        return None
+    with _progress() as progress:
+        bar = progress.add_task("pictures of the training", total=None)
+        return read_trained(config.trained_cache, config.trained_data, partial(progress.advance, bar))
+
+
+def _contamination(one: LoadedTask, records: Sequence[AnswerRecord], matches: Sequence[Match]) -> dict[str, Any]:
+    """Counts, the matches, and the headline of the samples that show none of them."""
+    clean = clean_samples(matches, {sample.id: [image.name for image in sample.images] for sample in one.samples})
+    rest = [record for record in records if record.id in clean]
+    headline = one.task.figures()[0].name
+    same = sum(match.same_file for match in matches)
+    return {
+        "images": len(one.keys),
+        "same_file": same,
+        "near_duplicates": len(matches) - same,
+        "clean_samples": len(clean),
+        "clean": asdict(summarise(one.task, rest, "right image").figures[headline]) if rest else None,
+        "matches": [asdict(match) for match in matches],
+    }
 
 
 def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -> dict[str, list[AnswerRecord]]:
@@ -81,16 +113,7 @@ def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -
         *(CONDITIONS if config.controls else CONDITIONS[:1]),
         *([OVERVIEW] if config.detail == "both" else []),
     ]
-    console = messages()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    progress = _progress()
     found: dict[str, list[AnswerRecord]] = {}
     try:
         with progress:
@@ -109,6 +132,12 @@ def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the answers so far are in {config.out}; the same command goes on from them") from stop
     return found
+
+
+def _progress() -> Progress:
+    console = messages()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _settled(one: LoadedTask, records: Sequence[AnswerRecord], condition: str) -> list[AnswerRecord]:

@@ -1,0 +1,65 @@
+"""eval.html: what it holds, and that a claim is never mistaken for a measurement."""
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import llama3v
+from llama3v.config import EvalConfig
+from llama3v.engines.base import Question
+from llama3v.evaluate.published import our_row, published
+from llama3v.evaluate.tasks import TASKS, open_task
+
+
+class Yes:
+    def answer_batch(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
+        return ["Yes" if images else "<b>no</b>" for _, images in questions]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """POPE of four pictures in two categories, and probes."""
+    folder = tmp_path_factory.mktemp("pope")
+    (folder / "val2014").mkdir()
+    rows = []
+    for number in range(8):
+        name = f"{number // 2}.png"
+        file = BytesIO()
+        Image.new("RGB", (40, 30), (60 * (number // 2), 90, 120)).save(file, "PNG")
+        (folder / "val2014" / name).write_bytes(file.getvalue())
+        label = "yes" if number % 2 else "no"
+        rows.append({"question": "Is there a cat?", "label": label, "image": name, "category": "ab"[number % 2]})
+    (folder / "coco_pope_random.json").write_text("\n".join(json.dumps(row) for row in rows))
+    tasks = (f"pope={folder}", "probes")
+    llama3v.eval(EvalConfig(model="named", tasks=tasks, limit=8, out=folder / "out"), Yes())
+    return folder / "out"
+
+
+def test_the_report_has_scores_controls_claims_categories_and_answers_with_pictures(run: Path) -> None:
+    page = (run / "eval.html").read_text()
+    for part in ("Beside published claims", "none was measured here", "LLaVA-1.5-7B", "85.9", "named, measured here"):
+        assert part in page.replace("None was", "none was")
+    for part in ("pope by category", "pope: answered right", "pope: answered wrong", "wrong image", "data:image/png"):
+        assert part in page
+    assert "<b>no</b>" not in page  # an answer cannot become markup
+    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is loaded from anywhere
+
+
+def test_our_row_is_the_published_figure_of_the_benchmark_in_per_cent(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert our_row(summary) == {"pope": pytest.approx(100 * 2 / 3)}  # F1 of "always yes", not the accuracy of 0.5
+
+
+def test_every_published_column_is_a_figure_of_a_task_and_every_claim_has_a_source() -> None:
+    table = published()
+    for one in table.benchmarks:
+        assert one.task in TASKS
+        assert one.figure in [figure.name for figure in open_task(f"{one.task}=somewhere").figures()]
+    names = {one.task for one in table.benchmarks}
+    for claim in table.claims:
+        assert claim.source
+        assert set(claim.scores) <= names
