@@ -729,6 +729,11 @@ class EvalConfig:
     detail: Annotated[Literal["low", "high", "both"] | None, arg(help_behavior_hint="")] = None
     """How much of an image is shown. low: the overview only. high: its slices, too. both: high, and low beside it.
     (default: as the model was trained; as the endpoint likes)"""
+    judge_url: MaybeText = None
+    """OpenAI-compatible endpoint of the judge, for tasks that need one (llavabench); its key is read from
+    JUDGE_API_KEY, else OPENAI_API_KEY."""
+    judge_model: MaybeText = None
+    """Name of the judge there. It is printed beside its scores, which compare only under the same judge."""
     trained_cache: MaybePath = None
     """Root of the cache that the model was trained from: says which pictures of a task are in it, and what the model
     scores without them."""
@@ -741,6 +746,9 @@ class EvalConfig:
             (self.model is None) != (self.url is None), "give what is measured: --model, or --url with --api-model"
         )
         _require((self.url is None) == (self.api_model is None), "--url and --api-model need each other")
+        _require(
+            (self.judge_url is None) == (self.judge_model is None), "--judge-url and --judge-model need each other"
+        )
         _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; give 1 or more")
         _require(self.batch >= 1, f"--batch is {self.batch}; give 1 or more")
         _require(self.cache is None or self.model is not None, "--cache has no meaning for an endpoint")

@@ -31,17 +31,20 @@ class ApiEngine:
         model: its name there.
         detail: "low" or "high", sent with every image; default: what the endpoint likes.
         parallel: questions that wait for an answer at a time.
+        key: of the API; default: OPENAI_API_KEY of the environment.
 
     Raises ConfigError where the extra is missing.
     """
 
     tile_size = LOW_DETAIL
 
-    def __init__(self, url: str, model: str, *, detail: str | None = None, parallel: int = 16) -> None:
+    def __init__(
+        self, url: str, model: str, *, detail: str | None = None, parallel: int = 16, key: str | None = None
+    ) -> None:
         self.url, self.model, self.detail, self.parallel = url, model, detail, parallel
         # A server of one's own wants none, but the client insists on one.
         self._client = import_openai().OpenAI(
-            base_url=url, api_key=os.environ.get(KEY) or "none", timeout=TIMEOUT, max_retries=RETRIES
+            base_url=url, api_key=key or os.environ.get(KEY) or "none", timeout=TIMEOUT, max_retries=RETRIES
         )
         self._length = "max_tokens"  # of all servers; OpenAI's own newer models take the other name alone
 

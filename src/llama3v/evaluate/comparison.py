@@ -51,6 +51,8 @@ def _row(config: CompareConfig, first: dict[str, Any], second: dict[str, Any]) -
             f"{label}: expected the same questions, pictures and references in both runs, found other ones; run both "
             "with the same data and --limit"
         )
+    if first.get("judge") != second.get("judge"):
+        raise DataError(f"{label}: judged by {first.get('judge')} and by {second.get('judge')}; judge both by one")
     ours, theirs = (_samples(directory, label, config.condition) for directory in (config.first, config.second))
     comparison = asdict(compare_settled(label, ours, theirs))
     means = {"first": _mean(ours), "second": _mean(theirs)}

@@ -71,6 +71,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
             f"The first {summary['limit']:,} samples of each task; not comparable with scores of whole benchmarks."
         )
     for row in summary["tasks"]:
+        if "judge" in row:
+            found.append(f"{row['label']}: judged by {row['judge']}; comparable under the same judge alone.")
         against = row["differences"].get("wrong image")
         if against is not None and against["p_value"] > 0.05:
             found.append(

@@ -19,6 +19,7 @@ from llama3v.engines.base import BatchEngine
 from llama3v.engines.terminal import messages, write_summary
 from llama3v.errors import ConfigError
 from llama3v.evaluate.contamination import Match, Trained, clean_samples, read_trained
+from llama3v.evaluate.judge import Judge, judge_records, need_judge, open_judge
 from llama3v.evaluate.records import AnswerRecord, write_records
 from llama3v.evaluate.report import write_report
 from llama3v.evaluate.run import answer_task
@@ -27,6 +28,7 @@ from llama3v.evaluate.specs import LoadedTask, load, parse_specs
 from llama3v.evaluate.subject import Subject, open_subject
 from llama3v.evaluate.summary import Summary, compare_runs, summarise
 from llama3v.evaluate.table import print_scores
+from llama3v.evaluate.tasks.llava_bench import LlavaBench
 
 IDENTITY = "run.json"
 SETTINGS = ("right image", "wrong image", "blind", OVERVIEW)
@@ -48,11 +50,15 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
     started = time.perf_counter()
     tasks = [load(spec, config.limit) for spec in parse_specs(config.tasks, config.data)]  # bad data is told at once
     digests = {one.spec.label: one.digest for one in tasks}
+    judge = open_judge(config)
+    for one in tasks:
+        if isinstance(one.task, LlavaBench):
+            need_judge(judge, one.spec.label)
     trained = _read_trained(config)
     found = {one.spec.label: trained.matches(one.keys) if trained else [] for one in tasks}
     subject = open_subject(config, engine)
     _claim(config.out, subject.identity)
-    records = _answer(config, tasks, subject)
+    records = _answer(config, tasks, subject, judge)
     rows, settled = [], {}
     for one in tasks:
         label = one.spec.label
@@ -60,6 +66,8 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
         settled[label] = [record for name in conditions for record in _settled(one, records[label], name)]
         write_records(config.out / "samples" / f"{label}.jsonl", settled[label])
         row = _row(one, records[label], conditions) | {"data_digest": digests[label]}
+        if judge is not None and isinstance(one.task, LlavaBench):
+            row["judge"] = judge.name
         if trained is not None:
             row["contamination"] = _contamination(one, records[label], found[label])
         rows.append(row)
@@ -107,7 +115,9 @@ def _contamination(one: LoadedTask, records: Sequence[AnswerRecord], matches: Se
     }
 
 
-def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -> dict[str, list[AnswerRecord]]:
+def _answer(
+    config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject, judge: Judge | None
+) -> dict[str, list[AnswerRecord]]:
     """Label -> records of all conditions."""
     conditions = [
         *(CONDITIONS if config.controls else CONDITIONS[:1]),
@@ -129,6 +139,14 @@ def _answer(config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject) -
                     show=subject.pictures.show,
                     advance=partial(progress.advance, bar),
                 )
+                if isinstance(one.task, LlavaBench):
+                    found[one.spec.label] = judge_records(
+                        need_judge(judge, one.spec.label),
+                        one.task,
+                        one.samples,
+                        found[one.spec.label],
+                        config.out / "verdicts" / f"{one.spec.label}.jsonl",
+                    )
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the answers so far are in {config.out}; the same command goes on from them") from stop
     return found

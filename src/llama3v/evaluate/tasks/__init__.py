@@ -20,6 +20,7 @@ TASKS = {
     "mmbench": "mmbench:MmBench",
     "pope": "pope:Pope",
     "seedbench": "seedbench:SeedBench",
+    "llavabench": "llava_bench:LlavaBench",
     "captions": "captions:Captions",
     "short": "short_answers:ShortAnswers",
     "probes": "probes:Probes",
