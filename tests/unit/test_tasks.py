@@ -103,6 +103,11 @@ FILES: dict[str, tuple[str, list[dict[str, Any]]]] = {
              "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "image": [hub_image(), hub_image()]},
         ],
     ),
+    "llavabench": (
+        "data/train-00000-of-00001.parquet",
+        [{"question_id": "1", "question": "What is it?", "image": hub_image(), "image_id": "001.jpg", "category": "conv",
+          "caption": "A red square.", "gpt_answer": "A square."}],
+    ),
     "captions": (
         "data/test-00000-of-00001.parquet",
         [{"image": hub_image(), "caption": ["A red square.", "a square that is red"], "filename": "1.jpg"},

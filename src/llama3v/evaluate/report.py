@@ -1,6 +1,6 @@
 """eval.html: how well it sees and how sure that is, beside what others claim, with right and wrong answers to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _add_scores(report: Report, summary: dict[str, Any]) -> None:
                 [
                     row["label"] if first else "",
                     name,
-                    interval(under["right image"]),
+                    _unbroken(interval(under["right image"])),
                     *(f"{under[condition]['value']:.3f}" if condition in under else None for condition in CONTROLS),
                     p_value(seen["p_value"]) if seen else "",
                     f"{row['conditions']['right image']['unparsed']:.1%}" if first else "",
@@ -112,24 +112,24 @@ def _add_scores(report: Report, summary: dict[str, Any]) -> None:
 def _add_beside_published(report: Report, summary: dict[str, Any], name: str) -> None:
     table, ours = published(), our_row(summary)
     part = " (first samples only)" if summary["limit"] is not None and ours else ""
-    rows: list[list[Any]] = [
-        [f"{name}, measured here{part}", *(_cell(ours.get(one.task)) for one in table.benchmarks), ""]
-    ]
-    for claim in table.claims:
-        rows.append([claim.model, *(_cell(claim.scores.get(one.task)) for one in table.benchmarks), claim.source])
-    said = table.note
+    named: list[tuple[str, Mapping[str, float | str]]] = [(f"{name}, measured here{part}", ours)]
+    named += [(_unbroken(claim.model), claim.scores) for claim in table.claims]
+    rows = [[model, *(_cell(scores.get(one.task)) for one in table.benchmarks)] for model, scores in named]
+    said = f"{table.note} " + "; ".join(f"{one.model}: {one.source}" for one in table.claims) + "."
     if not ours:
         said = f"This run asked none of these benchmarks. {said}"
-    report.add_table(
-        "Beside published claims",
-        ["model", *(one.name for one in table.benchmarks), "source of the claims"],
-        rows,
-        said,
-    )
+    if "mathvista" in ours:
+        said = f"Our MathVista is quick extraction, which does not compare with theirs. {said}"
+    report.add_table("Beside published claims", ["model", *(one.name for one in table.benchmarks)], rows, said)
+
+
+def _unbroken(text: str) -> str:
+    """Text that a narrow column does not break."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def _cell(value: float | str | None) -> str:
-    return "–" if value is None else value if isinstance(value, str) else f"{value:.1f}"
+    return "–" if value is None else _unbroken(value) if isinstance(value, str) else f"{value:.1f}"
 
 
 def _add_categories(report: Report, summary: dict[str, Any]) -> None:
@@ -231,8 +231,10 @@ def _spread(records: Sequence[AnswerRecord], most: int) -> list[AnswerRecord]:
     pictures: set[tuple[str, ...]] = set()
     while len(chosen) < most and any(waiting.values()):
         for some in waiting.values():
-            record = some.pop(len(some) // 2) if some and len(chosen) < most else None
-            if record is not None and record.images not in pictures:
+            if not some or len(chosen) == most:
+                continue
+            record = some.pop(len(some) // 2)
+            if record.images not in pictures:
                 pictures.add(record.images)
                 chosen.append(record)
     return chosen
