@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+FAULT_VARIABLE = "LLAMA3V_TEST_FAULT"
+"""KIND:RANK:NUMBER, what goes wrong in a child, on which rank, and when (training_child.inject)."""
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from ranks import environments, join, start_ranks
-from training import log_of, losses, make_pictures, start
+from training import FAULT_VARIABLE, log_of, losses, make_pictures, start
 
 from llama3v.config import EncodeConfig, PretrainConfig, SftConfig
 from llama3v.feature_cache.commit import CRASH_VARIABLE
@@ -190,6 +190,34 @@ def test_sigterm_to_one_rank_stops_all_after_one_agreed_checkpoint(tmp_path, pre
     assert "its checkpoint is written" in printed
     assert "Traceback" not in printed
     assert len(list((options.out / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_loss_that_is_no_number_on_one_rank_changes_no_weights_on_any(tmp_path, prepared):
+    """As in one process: the step is skipped and told, and training goes on."""
+    one, two = (options_of(prepared, tmp_path / name, parallel="ddp") for name in ("one", "two"))
+    assert join([start("sft", one, {FAULT_VARIABLE: "nan:0:10"})]) == [0]  # four passes a step: the third step
+    assert join(start_ranks("sft", two, 2, {FAULT_VARIABLE: "nan:1:6"})) == [0, 0]  # two passes a step and rank
+    for options in (one, two):
+        assert json.loads((options.out / "summary.json").read_text())["skipped_steps"] == 1
+        assert [step for step, loss in losses(options.out) if loss is None] == [3]
+    for (step, a), (_, b) in zip(losses(one.out), losses(two.out), strict=True):
+        assert a == b is None or a == pytest.approx(b, rel=2e-4), step
+
+
+@pytest.mark.parametrize(("parallel", "rank"), [("ddp", 0), ("fsdp", 1)])
+def test_a_full_disk_on_one_rank_stops_all_and_the_run_resumes_bit_equal(tmp_path, prepared, ddp, parallel, rank):
+    options = options_of(prepared, tmp_path / "out", parallel=parallel)
+    codes = join(start_ranks("sft", options, 2, {FAULT_VARIABLE: f"full:{rank}:3"}), PATIENCE + 30)
+    printed = log_of(options).read_text()
+    assert codes[rank] == 2, printed[-3000:]
+    assert codes[1 - rank] == 2, printed[-3000:]
+    assert re.search(r"llama3v: error: .*no space for a checkpoint .*run the same command to resume", printed), printed[-3000:]
+    assert "Traceback" not in printed
+    complete(options)
+    if parallel == "ddp":
+        assert_equal_runs(options.out, ddp)
+    else:
+        assert_same_training(options.out, ddp)
 
 
 @pytest.mark.slow  # 20 starts

@@ -271,4 +271,5 @@ def _beating(store: Any, key: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.partition(". This is typically")[0]  # gloo's guess at the reason: we say what is known
