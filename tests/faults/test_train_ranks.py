@@ -204,14 +204,16 @@ def test_a_loss_that_is_no_number_on_one_rank_changes_no_weights_on_any(tmp_path
         assert a == b is None or a == pytest.approx(b, rel=2e-4), step
 
 
-@pytest.mark.parametrize(("parallel", "rank"), [("ddp", 0), ("fsdp", 1)])
+@pytest.mark.parametrize(("parallel", "rank"), [("ddp", 0), pytest.param("fsdp", 1, marks=pytest.mark.slow)])
 def test_a_full_disk_on_one_rank_stops_all_and_the_run_resumes_bit_equal(tmp_path, prepared, ddp, parallel, rank):
     options = options_of(prepared, tmp_path / "out", parallel=parallel)
     codes = join(start_ranks("sft", options, 2, {FAULT_VARIABLE: f"full:{rank}:3"}), PATIENCE + 30)
     printed = log_of(options).read_text()
     assert codes[rank] == 2, printed[-3000:]
     assert codes[1 - rank] == 2, printed[-3000:]
-    assert re.search(r"llama3v: error: .*no space for a checkpoint .*run the same command to resume", printed), printed[-3000:]
+    assert re.search(r"llama3v: error: .*no space for a checkpoint .*run the same command to resume", printed), printed[
+        -3000:
+    ]
     assert "Traceback" not in printed
     complete(options)
     if parallel == "ddp":
