@@ -27,6 +27,7 @@ VERBS: dict[str, type] = {
     "ask": config.AskConfig,
     "chat": config.ChatConfig,
     "caption": config.CaptionConfig,
+    "serve": config.ServeConfig,
     "export": config.ExportConfig,
     "eval": config.EvalConfig,
     "compare": config.CompareConfig,

@@ -837,3 +837,86 @@ class AblateConfig:
         _require(len(set(self.seeds)) == len(self.seeds), "--seeds names one twice; give each once")
         _require(self.pretrain_steps >= 1, f"--pretrain-steps is {self.pretrain_steps}; give 1 or more")
         _require(self.sft_steps >= 0, f"--sft-steps is {self.sft_steps}; give 0 (stage 1 only) or more")
+
+
+@dataclass(frozen=True)
+class ServeConfig(Running):
+    """Serve a model through the API that OpenAI's clients speak, with a page to try it at `/`.
+
+    Only this machine can reach it, unless --host says otherwise; then every request needs a key.
+
+    Examples:
+        llama3v serve runs/quickstart
+        llama3v serve exported-gguf --port 8080 --warmup
+        llama3v serve --make-key workshop
+        llama3v serve runs/stage2 --host 0.0.0.0 --config serve.toml
+    """
+
+    model: Positional[str] = "runs/quickstart"
+    """A Llama 3-V model directory, a GGUF pair of `llama3v export`, or a hub name."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's own needs keys in --config."""
+    port: int = 8000
+    """Port to listen on; 0: a free one, which is printed."""
+    name: MaybeText = None
+    """The model's name in the API (default: the last part of `model`)."""
+    config: MaybePath = None
+    """TOML file with any of these options, and the keys. What the command line gives wins."""
+    make_key: MaybeText = None
+    """Make a key of this name, print it and its lines for the config file, and leave."""
+    parallel: int = 2
+    """Answers in work at the same time; each has a KV cache of its own."""
+    queue: int = 64
+    """Requests that may wait; more are refused with status 429."""
+    deadline_seconds: float = 300.0
+    """A request that takes longer, waiting included, is stopped."""
+    drain_seconds: float = 30.0
+    """On SIGTERM: how long requests that are in work may go on."""
+    max_new_tokens: int = 1024
+    """Most tokens of an answer, also where a request names no limit."""
+    max_choices: int = 4
+    """Most answers to one request (`n`)."""
+    max_images: int = 16
+    """Most images in one request."""
+    max_body_mb: int = 64
+    """Largest request."""
+    image_workers: int = 2
+    """Images that are decoded at the same time; each may need 160 MB for a moment."""
+    remote_images: Annotated[bool, FlagCreatePairsOff] = False
+    """Fetch images that a request names by http(s) address. Off: only data URLs."""
+    vision_cache_mb: int = 512
+    """Memory for what the vision tower made of the latest images; 0: none."""
+    vision_cache_dir: MaybePath = None
+    """Directory that keeps it over a restart, too."""
+    vision_cache_disk: str = "2GB"
+    """Bound of that directory."""
+    warmup: Annotated[bool, FlagCreatePairsOff] = False
+    """Answer once before the first request, so that it is as fast as the later ones."""
+    log_prompts: Annotated[bool, FlagCreatePairsOff] = False
+    """Write questions and answers to the log. Pictures never are."""
+
+    @property
+    def vision_cache_disk_bytes(self) -> int:
+        """`vision_cache_disk` in bytes."""
+        return _bytes(self.vision_cache_disk)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"--port is {self.port}; give 0 to 65535")
+        _require(self.make_key is None or _is_name(self.make_key), f"--make-key is {self.make_key}; give a plain name")
+        for name in (
+            "parallel",
+            "queue",
+            "max_new_tokens",
+            "max_choices",
+            "max_images",
+            "max_body_mb",
+            "image_workers",
+        ):
+            _require(getattr(self, name) >= 1, f"{_option(name)} is {getattr(self, name)}; give 1 or more")
+        for name in ("vision_cache_mb", "drain_seconds"):
+            _require(getattr(self, name) >= 0, f"{_option(name)} is {getattr(self, name)}; give 0 or more")
+        _require(self.deadline_seconds > 0, f"--deadline-seconds is {self.deadline_seconds}; give more than 0")
+        _require(
+            _bytes(self.vision_cache_disk) > 0,
+            f"--vision-cache-disk is {self.vision_cache_disk}; give a number with a unit, such as 2GB",
+        )

@@ -58,10 +58,19 @@ class CachedEngine(ABC):
     def _visual_tokens_of_features(self, image: ImageFeatures) -> Any:
         """The same from features at the cut."""
 
+    @property
+    def max_tiles(self) -> int:
+        """Most slices of an image."""
+        return self._max_tiles
+
+    def visual_tokens(self, tiles: Tiles) -> Any:
+        """Visual tokens [tiles * tokens_per_tile, hidden], for who keeps them: `generate` takes a SeenImage of them."""
+        return self._visual_tokens_of_tiles(tiles)
+
     def generate(
         self,
         turns: Sequence[Turn],
-        images: Sequence[EngineImage] = (),
+        images: Sequence["EngineImage | SeenImage"] = (),
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
@@ -110,7 +119,9 @@ class CachedEngine(ABC):
         """See Engine. One after the other; a runtime that is faster with many at once has its own."""
         return [self.answer(turns, images, max_new_tokens=max_new_tokens) for turns, images in questions]
 
-    def _prompt(self, turns: Sequence[Turn], images: Sequence[EngineImage], max_new_tokens: int) -> Prompt:
+    def _prompt(
+        self, turns: Sequence[Turn], images: Sequence["EngineImage | SeenImage"], max_new_tokens: int
+    ) -> Prompt:
         if max_new_tokens < 1:
             raise PromptError(f"expected an answer of 1 token or more, found {max_new_tokens} (--max-new-tokens)")
         seen = [self._look_at(image) for image in images]
@@ -123,8 +134,10 @@ class CachedEngine(ABC):
             )
         return Prompt(rendered, seen)
 
-    def _look_at(self, image: EngineImage) -> SeenImage:
+    def _look_at(self, image: "EngineImage | SeenImage") -> SeenImage:
         """Decode and cut an image, unless it is among those remembered; the tower runs when an answer needs it."""
+        if isinstance(image, SeenImage):
+            return image
         key = _key(image)
         with self._seen_lock:
             if key in self._seen:

@@ -206,6 +206,10 @@ class Renderer:
         """Tokens of the rendered conversation, visual tokens included."""
         return len(self.render(turns, grids).ids)
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text alone, as a turn would hold it. PromptError where it is no Unicode."""
+        return self._text(text)
+
     def _header(self, out: Rendered, role: Role) -> None:
         control, text = self._form.after_role
         out.ids.append(self._control[self._form.before_role])

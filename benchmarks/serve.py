@@ -1,0 +1,194 @@
+"""`llama3v serve` under load, and beside llama-server on the same GGUF pair.
+
+    python -m benchmarks.serve --json benchmarks/results/serve.json
+
+Three parts, all over loopback with the same client:
+
+1. Text: questions without a picture, several clients, both servers in turns. Tokens per second, time to the first text.
+2. A repeated picture: other questions about one picture that both have seen.
+3. Load, ours alone: 64 clients for --seconds, texts and pictures mixed; a fifth of the requests is left at a random moment, a
+   tenth is read slowly. Each answer that ends is compared with the answer alone; afterwards nothing may be left in work, and
+   the server's memory is stated at the beginning and at the end.
+
+The model is the package's own, untrained between tower and LLM: what is measured is the servers, hardly the model.
+--pair takes another GGUF pair.
+"""
+
+import argparse
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+
+from benchmarks.common import ROOT, row, write_results
+from benchmarks.serve_clients import TEXTS, Timing, load, mixed, picture, question, together
+
+CONTEXT = 1024
+_ANSWER = 32
+
+
+def make_pair(folder: Path) -> Path:
+    """The embedded weights as a GGUF pair."""
+    from llama3v.config import ExportConfig
+    from llama3v.exporters.verbs import export
+    from llama3v.model.llama3v import build_model, save_model
+
+    assets = ROOT / "src/llama3v/assets"
+    vision, llm = str(assets / "siglip-scenes"), str(assets / "llama-scenes")
+    model, tokenizer = build_model(vision, llm, scale_factor=3, max_tiles=4)
+    save_model(model, tokenizer, folder / "model")
+    export(ExportConfig(out=folder / "pair", model=str(folder / "model"), format="gguf", weights="f16", check=False))
+    return folder / "pair"
+
+
+@contextmanager
+def child(command: list[str], port: int) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server in a process of its own, from when it answers."""
+    address = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, f"{command[:4]} ended"
+            try:
+                if httpx2.get(f"{address}/health", timeout=5).status_code == 200:
+                    break
+            except httpx2.HTTPError:
+                pass
+            time.sleep(0.2)
+        yield address, process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def memory_mb(process: subprocess.Popen, name: str) -> float:
+    """VmRSS or VmHWM of a process, in MB."""
+    words = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", words)[1]) / 1024  # type: ignore[index]
+
+
+def compared(ours: str, peer: str, part: str, bodies: list[dict[str, Any]], clients: int, rounds: int) -> list[dict]:
+    """Rows of one kind of question, both servers in turns; the first round is not counted."""
+    seconds: dict[str, list[float]] = {ours: [], peer: []}
+    timings: dict[str, list[Timing]] = {ours: [], peer: []}
+    for number in range(rounds + 1):
+        for address in (ours, peer):
+            found, whole = asyncio.run(together(address, bodies, clients))
+            if number:
+                seconds[address].append(sum(timing.tokens for timing in found) / whole)
+                timings[address] += found
+    rate = {address: median(values) for address, values in seconds.items()}
+    note = f"{clients} clients, {len(bodies)} questions, {rounds} rounds"
+    rows = [row(f"{part}: tokens/s", rate[ours], rate[peer], unit="tokens/s", note=note)]
+    for share in (50, 99):
+        first = {address: quantile([timing.first for timing in timings[address]], share) for address in (ours, peer)}
+        rows.append(row(f"{part}: first text p{share}", first[ours], first[peer], unit="s", note=note))
+    return rows
+
+
+def quantile(values: list[float], share: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * share // 100)]
+
+
+def under_load(address: str, process: subprocess.Popen, clients: int, seconds: float) -> list[dict]:
+    """Rows of the load test."""
+    bodies = mixed(tokens=_ANSWER)
+    asyncio.run(load(address, bodies, clients, min(10.0, seconds / 6), seed=1))  # caches and pools are full now
+    before = memory_mb(process, "VmRSS")
+    found = asyncio.run(load(address, bodies, clients, seconds))
+    leaked = left_over(address)
+    after = memory_mb(process, "VmRSS")
+    first = [timing.first for timing in found.timings]
+    tokens = sum(timing.tokens for timing in found.timings)
+    statuses = ", ".join(f"{status}: {count}" for status, count in sorted(found.statuses.items(), key=str))
+    note = f"{clients} clients for {seconds:.0f} s"
+    return [
+        row(
+            "load: answers that differ from the answer alone",
+            found.wrong,
+            unit="answers",
+            note=f"of {found.right + found.wrong}",
+        ),
+        row("load: requests left over", leaked, unit="requests", note=f"{found.left} were left by their clients"),
+        row("load: requests", sum(found.statuses.values()), unit="requests", note=f"by status {statuses}; {note}"),
+        row("load: read slowly", found.read_slowly, unit="requests"),
+        row("load: tokens/s", tokens / seconds, unit="tokens/s", note="of answers that were read at once"),
+        row("load: first text p50", quantile(first, 50), unit="s", note="waiting included"),
+        row("load: first text p99", quantile(first, 99), unit="s", note="waiting included"),
+        row("load: memory before", before, unit="MB", note="resident, after a warm-up under the same load"),
+        row("load: memory after", after, unit="MB", note=f"resident; peak {memory_mb(process, 'VmHWM'):.0f}"),
+    ]
+
+
+def left_over(address: str) -> float:
+    """Requests in work, waiting or held after everybody has left."""
+    for _ in range(50):
+        text = httpx2.get(f"{address}/metrics", timeout=30).text
+        found = {name: float(re.search(rf"^llama3v_{name} (\S+)", text, re.MULTILINE)[1]) for name in _GAUGES}  # type: ignore[index]
+        if not any(found.values()):
+            return 0
+        time.sleep(0.2)
+    return found["running"] + found["waiting"] or 1
+
+
+_GAUGES = ("running", "waiting", "request_bytes")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument(
+        "--pair", type=Path, help="a GGUF pair of `llama3v export` (default: made of the embedded weights)"
+    )
+    parser.add_argument("--seconds", type=float, default=180, help="of the load test")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=48, help="of each round of parts 1 and 2")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        pair = given.pair or make_pair(Path(folder))
+        rows = measure(pair, given)
+    write_results(given.json, rows, ("xllamacpp", "fastapi", "uvicorn", "httpx2"))
+
+
+def measure(pair: Path, given: argparse.Namespace) -> list[dict]:
+    """All rows."""
+    ports = free_port(), free_port()
+    serve = [sys.executable, "-m", "llama3v", "serve", str(pair), "--port", str(ports[0]), "--warmup"]
+    serve += ["--parallel", "4", "--queue", "256"]
+    files = [str(pair / name) for name in ("model.gguf", "mmproj.gguf")]
+    peer = [sys.executable, "-m", "benchmarks.serve_peer", *files, str(ports[1]), "4", str(CONTEXT)]
+    url = picture(0, (90, 90))
+    texts = [question(f"{TEXTS[n % 6]} {n}", tokens=_ANSWER) for n in range(given.questions)]
+    about = [question(f"{TEXTS[n % 6]} {n}", url, tokens=_ANSWER) for n in range(given.questions)]
+    with child(serve, ports[0]) as (ours, process):
+        with child(peer, ports[1]) as (theirs, _):
+            rows = compared(ours, theirs, "text, one client", texts[: given.questions // 4], 1, given.rounds)
+            rows += compared(ours, theirs, "text", texts, 8, given.rounds)
+            rows += compared(ours, theirs, "a repeated picture", about, 8, given.rounds)
+        return rows + under_load(ours, process, given.clients, given.seconds)
+
+
+if __name__ == "__main__":
+    main()
