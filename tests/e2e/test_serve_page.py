@@ -74,13 +74,14 @@ class Page:
 
     def screenshot(self, name: str) -> None:
         if SCREENSHOTS:
+            self.page.wait_for_timeout(500)  # colours change slowly
             self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
 
 
 def test_a_picture_is_asked_about_twice_and_its_cuts_and_timings_are_shown(browser, server: Running) -> None:
     page = Page(browser, server, viewport={"width": 1200, "height": 800})
     page.screenshot("empty")
-    first = page.ask("What is on the table?", png(1, (168, 84)))
+    first = page.ask("What is on the table?", png(1, (84, 42)))
     assert len(first) > 3
     assert page.page.locator("article.user .cuts i").count() == 2
     timings = page.page.locator("article.assistant .timings").first.inner_text()
@@ -96,7 +97,7 @@ def test_a_picture_is_asked_about_twice_and_its_cuts_and_timings_are_shown(brows
 def test_the_curl_command_is_what_the_documents_say(browser, server: Running) -> None:
     page = Page(browser, server, permissions=["clipboard-read", "clipboard-write"])
     page.ask('It\'s 100% "quoted"?', png(2))
-    page.page.locator(".copy").click()
+    page.page.locator("article.assistant .copy").click()
     command = page.page.evaluate("navigator.clipboard.readText()")
     assert command.startswith("printf '{")
     assert """It'\\''s 100%% \\\\"quoted\\\\"?""" in command
