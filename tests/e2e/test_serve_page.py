@@ -57,7 +57,7 @@ class Page:
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.address)
-        self.page.wait_for_function("document.getElementById('model').textContent.length > 0")
+        self.page.locator("#model:not(:empty)").wait_for()
 
     def ask(self, question: str, picture: bytes | None = None) -> str:
         """Choose a picture, ask, and wait for the end of the answer."""
@@ -159,5 +159,5 @@ def test_the_page_asks_for_a_key_where_one_is_needed(browser, engine: TorchEngin
         assert "needs an API key" in page.page.inner_text("#model")
         page.page.fill("#key", "secret")
         page.page.press("#key", "Tab")
-        page.page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.page.locator("#model", has_text="tiny").wait_for()
         assert len(page.ask("Hello")) > 0
