@@ -77,7 +77,14 @@ def test_options_named_in_the_documents_exist() -> None:
         for name in vars(options)["__dataclass_fields__"]
     }
     known |= {"--help", "--version", "--no-check", "--no-controls"}
-    foreign = {"--check", "--json", "--mmproj", "--parts", "--shape"}  # of ruff format, llama.cpp and the benchmarks
+    foreign = {
+        "--config",
+        "--check",
+        "--json",
+        "--mmproj",
+        "--parts",
+        "--shape",
+    }  # of ruff format, llama.cpp and the benchmarks
     foreign |= {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and tensorboard
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
