@@ -80,7 +80,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
             )
         known = row.get("contamination")
         if known is not None:
-            left = "" if known["clean"] is None else f"; without them {row['figure']} {interval(known['clean'])}"
+            told = known["clean"] is not None and known["matches"]
+            left = f"; without them {row['figure']} {interval(known['clean'])}" if told else ""
             found.append(
                 f"{row['label']}: of {known['images']:,} pictures the training had {known['same_file']:,}, and near-duplicates "
                 f"of {known['near_duplicates']:,}{left}."
