@@ -14,7 +14,7 @@ from llama3v.evaluate.table import CONTROLS, headline, interval, notes, p_value,
 from llama3v.model.tiles import decode_image
 from llama3v.report import GalleryItem, Report
 
-RIGHT_SHOWN, WRONG_SHOWN, PAIRS_SHOWN = 4, 8, 12
+RIGHT_SHOWN, WRONG_SHOWN, PAIRS_SHOWN = 6, 9, 12  # three in a row
 LONGEST = 300  # characters of a prompt in the gallery
 GOOD = 0.5  # partial credit (ANLS, CIDEr) from which an answer is shown among the right ones
 
@@ -57,7 +57,8 @@ def write_report(
 def _subtitle(summary: dict[str, Any]) -> str:
     where = f"at {summary['url']}" if "url" in summary else f"on the engine {summary['engine']}"
     samples = sum(row["samples"] for row in summary["tasks"])
-    return f"{summary['model']} {where}: {samples:,} samples of {len(summary['tasks'])} tasks"
+    labels = ", ".join(row["label"] for row in summary["tasks"])
+    return f"{summary['model']} {where}: {samples:,} samples of {labels}"
 
 
 def _card(values: dict[str, float]) -> str:
@@ -155,10 +156,16 @@ def _add_slicing(report: Report, summary: dict[str, Any]) -> None:
     for row in summary["tasks"]:
         change = row["differences"].get(OVERVIEW)
         if change is not None:
-            scores = [interval(headline(row, condition)) for condition in ("right image", OVERVIEW)]
+            scores = [_unbroken(interval(headline(row, condition))) for condition in ("right image", OVERVIEW)]
             better = f"{change['first_better']} : {change['second_better']}"
             rows.append(
-                [row["label"], *scores, interval(change["difference"], sign=True), p_value(change["p_value"]), better]
+                [
+                    row["label"],
+                    *scores,
+                    _unbroken(interval(change["difference"], sign=True)),
+                    p_value(change["p_value"]),
+                    better,
+                ]
             )
     if rows:
         columns = ["task", "with slices", "overview only", "difference of the mean", "p", "better : worse"]
@@ -220,7 +227,7 @@ def _add_gallery(report: Report, one: LoadedTask, records: Sequence[AnswerRecord
     ):
         items = [_item(record, images[record.id], said[record.id]) for record in _spread(some, most)]
         if items:
-            report.add_gallery(f"{one.spec.label}: {title}", items, f"{len(items)} of {len(some)}.")
+            report.add_gallery(f"{one.spec.label}: {title}", items, f"{len(items)} of the {len(some):,} that were.")
 
 
 def _spread(records: Sequence[AnswerRecord], most: int) -> list[AnswerRecord]:
