@@ -28,6 +28,7 @@ from PIL import Image
 import llama3v
 from benchmarks.common import interleaved, row, write_results
 from benchmarks.encode_memory import HAS_PEAK_MEMORY, measure_encoding, measure_listing
+from benchmarks.train_shapes import TowerShape
 from llama3v.config import EncodeConfig
 from llama3v.errors import ConfigError
 from llama3v.feature_cache.encoders.base import TrunkEncoder
@@ -64,20 +65,8 @@ class Options:
     """What to measure. Memory alone does not mind other work on the machine."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(TowerShape):
     """A tower's geometry, and what a pass of one tile costs."""
-
-    tile_size: int
-    patch_size: int
-    width: int
-    heads: int
-    mlp_size: int
-    layers: int
-
-    @property
-    def patches(self) -> int:
-        return (self.tile_size // self.patch_size) ** 2
 
     def products(self) -> list[tuple[int, int]]:
         """(in, out) of a layer's linear layers; q, k and v as one."""
@@ -101,21 +90,12 @@ class Shape:
 
     def stock(self, layers: int) -> Any:
         """transformers' model of this shape, without the head."""
-        from transformers import SiglipVisionConfig, SiglipVisionModel
         from transformers.utils.logging import disable_progress_bar
 
+        from benchmarks.train_usual import stock_tower
+
         disable_progress_bar()
-        torch.manual_seed(0)
-        config = SiglipVisionConfig(
-            image_size=self.tile_size,
-            patch_size=self.patch_size,
-            hidden_size=self.width,
-            intermediate_size=self.mlp_size,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            vision_use_head=False,
-        )
-        return SiglipVisionModel(config).eval()
+        return stock_tower(self, layers)
 
 
 def photograph(number: int, width: int = 1224, height: int = 816) -> bytes:
