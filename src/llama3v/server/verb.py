@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama3v.server.vision_cache import Store
 
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
+_SWITCH_SECONDS = 0.0005  # a worker's Python code holds the event loop up for no longer (Python's own: 0.005)
 _BUDGET_BODIES = 4  # so many of the largest requests may be held at the same time
 
 
@@ -124,6 +125,7 @@ def _run(gateway: "Gateway", listener: socket.socket) -> dict[str, Any]:
         file=sys.stderr,
         flush=True,
     )
+    sys.setswitchinterval(_SWITCH_SECONDS)
     Server(settings).run(sockets=[listener])
     return {"verb": "serve", "model": gateway.config.model, "address": address}
 

@@ -126,6 +126,7 @@ async function ask(event) {
     said.classList.remove("working");
     busy(null);
     answer.querySelector("footer").hidden = false;
+    answer.scrollIntoView({ block: "end" });
     answer.querySelector(".copy").onclick = (click) => copy(curl, click.target);
     at("question").focus();
   }
@@ -150,12 +151,13 @@ async function stream(answer, asked, signal) {
 function take(data, answer, asked, started) {
   if (data.error) throw new Error(data.error.message);
   for (const choice of data.choices) answer.querySelector(".said").textContent += choice.delta.content ?? "";
+  if (innerHeight + scrollY > document.body.scrollHeight - 200) answer.scrollIntoView({ block: "end" }); // else they read above
   if (!data.usage) return;
   const { timings, usage } = data;
   const seconds = (value) => (value < 0.0005 ? "0" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
   const words = [
     timings.images && `${timings.tiles} tiles, ${timings.visual_tokens} visual tokens`,
-    timings.images && (timings.images_cached ? "vision known" : `vision ${seconds(timings.vision_seconds)}`),
+    timings.images && (timings.images_cached || timings.vision_seconds < 0.0005 ? "vision known" : `vision ${seconds(timings.vision_seconds)}`),
     `prompt ${usage.prompt_tokens} tokens, ${seconds(timings.prefill_seconds)}`,
     `answer ${usage.completion_tokens} tokens, ${seconds(timings.decode_seconds)}`,
     `in all ${seconds((performance.now() - started) / 1000)}`,
