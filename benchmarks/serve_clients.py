@@ -105,19 +105,22 @@ async def ask(client: httpx2.AsyncClient, body: dict[str, Any], *, pause: float 
 
 def open_client(address: str) -> httpx2.AsyncClient:
     """A client with room for many streams."""
-    limits = httpx2.Limits(max_connections=256, max_keepalive_connections=64)
+    limits = httpx2.Limits(max_connections=256, max_keepalive_connections=0)  # llama-server may close one that is kept
     return httpx2.AsyncClient(base_url=address, timeout=120, limits=limits)
 
 
 async def together(address: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[list[Timing], float]:
-    """All requests, `clients` at a time, each client on a connection that it keeps -> timings, and seconds in all."""
+    """All requests, `clients` at a time, each on a connection of its own -> timings, and seconds in all."""
     async with open_client(address) as client:
         waiting = list(reversed(bodies))
         timings: list[Timing] = []
 
         async def work() -> None:
             while waiting:
-                found = await ask(client, waiting.pop())
+                try:
+                    found = await ask(client, waiting.pop())
+                except httpx2.HTTPError as error:
+                    raise RuntimeError(f"{address} hung up: {error!r}") from error
                 assert isinstance(found, Timing), f"{address} refused a question: {found}"
                 timings.append(found)
 

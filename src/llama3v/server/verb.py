@@ -29,8 +29,8 @@ def serve(config: ServeConfig, engine: "CachedEngine | None" = None) -> dict[str
     Args:
         engine: runs the model; default: the one of `config.model`.
 
-    Returns {"verb", "model", "address", "requests"}, or {"verb", "key"} with `make_key`. Raises ConfigError,
-    CheckpointError; and ConfigError where the model does not see (see canary.py).
+    Returns {"verb", "model", "address"}, or {"verb", "key"} with `make_key`. Raises CheckpointError, and ConfigError,
+    among others where the model does not see (canary.py).
     """
     absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if absent:
