@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra llama3v[serve]")
-httpx2 = pytest.importorskip("httpx2")
+
+import httpx2
 
 from tests.serving import image_part, png, text_part
 
