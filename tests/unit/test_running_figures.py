@@ -1,0 +1,34 @@
+"""The figures in docs/running.md are those of the files of results."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/running.md").read_text()
+
+
+def rows_of(name: str) -> dict[str, dict]:
+    rows = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def test_the_table_of_fewer_bits_is_the_measured_one() -> None:
+    rows = rows_of("quantised")
+    formats = [name.removesuffix(": perplexity") for name in rows if name.endswith(": perplexity")]
+    assert len(formats) == 9
+    for name in formats:
+        (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| {rows[f'{name}: perplexity']['ours']:.3f} | {rows[f'{name}: accuracy']['ours']:.1f}% |" in line
+
+
+def test_the_ratios_of_decoding_are_the_measured_ones() -> None:
+    ratios = [f"{row['ratio']:.2f}" for row in rows_of("decode").values() if row["ratio"]]
+    said = PAGE[PAGE.index("### How fast") :].split("\n\n")[1]
+    assert [ratio for ratio in ratios if f" {ratio} " not in " ".join(said.split())] == []
+
+
+def test_every_program_gave_the_tokens_that_are_claimed() -> None:
+    rows = rows_of("parity").values()
+    assert len(rows) == 7
+    assert {(row["ours"], row["peer"]) for row in rows} == {(128, 128)}
+    assert "128 of 128" in PAGE
