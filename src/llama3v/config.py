@@ -18,7 +18,7 @@ LlmWeights = Literal["fp32", "bf16", "int8", "nf4"]
 Recipe = Literal["llama3_8b", "llama3_8b_lora_24gb", "smol"]
 Policy = Literal["projector+llm", "llm", "seed"]
 Precision = Literal["fp32", "bf16"]
-Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
+Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "int8", "int4"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 Attention = Literal["auto", "sdpa", "flex"]
 Codec = Literal["bf16", "int8", "fp8"]
@@ -664,14 +664,19 @@ class ExportConfig:
     """Directory to write."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""
-    format: Literal["hf", "gguf", "openvino", "onnx"] = "hf"
+    format: Literal["hf", "gguf", "mlx", "openvino", "onnx"] = "hf"
     """hf: a directory for transformers (and what reads its layout). gguf: a pair of files for llama.cpp and
-    Ollama. openvino, onnx: vision tower and projector as one model of these runtimes."""
+    Ollama. mlx: a directory for mlx-vlm on Macs. openvino, onnx: vision tower and projector as one model of these
+    runtimes."""
+    program: Literal["transformers", "vllm"] = "transformers"
+    """hf: whose reading of patch positions is served. transformers also fits mlx-vlm; vLLM checks the size of a tile
+    against the table of positions, and needs it without the border that the others need."""
     form: Literal["idefics3", "smolvlm"] = "smolvlm"
     """hf: which stock architecture. smolvlm keeps our prompt (framing tokens are configured empty); idefics3
     adds its own framing in its processor."""
     weights: Annotated[Weights | None, arg(help_behavior_hint="")] = None
-    """gguf: type of the language model's matrices. openvino, onnx: f32 or f16. (Default: as they lie on disk.)"""
+    """gguf: type of the language model's matrices. mlx: f32, f16, bf16, int8 or int4. openvino, onnx: f32 or f16.
+    (Default: as they lie on disk.)"""
     tower: Literal["auto", "openvino", "onnx", "none"] = "auto"
     """gguf: add vision tower and projector as a model of that runtime, with which `ask` needs no PyTorch. auto: of
     OpenVINO where it is installed, else of ONNX Runtime where that is, else none."""
@@ -679,14 +684,21 @@ class ExportConfig:
     """Compare features, logits and greedy tokens with this package's before the export is called done."""
 
     def __post_init__(self) -> None:
-        for name, formats in (("form", ("hf",)), ("tower", ("gguf",)), ("weights", ("gguf", "openvino", "onnx"))):
+        for name, formats in (("form", ("hf",)), ("program", ("hf",)), ("tower", ("gguf",))):
             _require(
                 self.format in formats or _is_default(self, name),
                 f"--{name} has no meaning for --format {self.format}",
             )
+        offered: dict[str, tuple[str, ...]] = {
+            "hf": (),
+            "gguf": ("f32", "f16", "bf16", "q8_0", "q4_k_m"),
+            "mlx": ("f32", "f16", "bf16", "int8", "int4"),
+        }
+        choices = offered.get(self.format, ("f32", "f16"))
         _require(
-            self.format == "gguf" or self.weights in (None, "f32", "f16"),
-            f"--weights {self.weights} has no meaning for --format {self.format}; give f32 or f16",
+            self.weights is None or self.weights in choices,
+            f"--weights {self.weights} has no meaning for --format {self.format}; "
+            + (f"give one of {', '.join(choices)}" if choices else "leave it away"),
         )
 
 

@@ -77,14 +77,8 @@ def test_options_named_in_the_documents_exist() -> None:
         for name in vars(options)["__dataclass_fields__"]
     }
     known |= {"--help", "--version", "--no-check", "--no-controls"}
-    foreign = {
-        "--config",
-        "--check",
-        "--json",
-        "--mmproj",
-        "--parts",
-        "--shape",
-    }  # of ruff format, llama.cpp and the benchmarks
+    foreign = {"--check", "--config", "--json", "--mmproj", "--parts", "--shape"}  # of others' programs and benchmarks
+    foreign |= {"--image", "--limit-mm-per-prompt"}  # of mlx-vlm and vLLM
     foreign |= {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and tensorboard
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))

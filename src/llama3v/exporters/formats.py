@@ -22,6 +22,10 @@ def require_packages(config: ExportConfig) -> None:
         require_gguf_package()
         if config.check or config.weights == "q4_k_m":
             library_path()
+    if config.format == "mlx":
+        from llama3v.exporters.mlx import require_mlx_vlm
+
+        require_mlx_vlm()
     runtime = _RUNTIMES.get(config.format) or _RUNTIMES.get(config.tower)
     if runtime is not None:
         from llama3v.engines.vision_file import require_runtime
@@ -34,8 +38,15 @@ def require_packages(config: ExportConfig) -> None:
 
 def write(config: ExportConfig, directory: Path) -> dict[str, Any]:
     """Write and check the export in an existing, empty directory; returns what the summary should say."""
-    writers = {"hf": _hf, "gguf": _gguf, "openvino": _vision, "onnx": _vision}
+    writers = {"hf": _hf, "gguf": _gguf, "mlx": _mlx, "openvino": _vision, "onnx": _vision}
     return writers[config.format](config, directory)
+
+
+def _distribution(config: ExportConfig, directory: Path, base: str | None) -> list[str]:
+    """Complete the model card; returns what the user must do before the export is distributed."""
+    from llama3v.exporters import card, licence
+
+    return card.finish_card(directory, config.model, base) + licence.warnings(base, config.out)
 
 
 def in_words(summary: dict[str, Any]) -> str:
@@ -50,13 +61,15 @@ def in_words(summary: dict[str, Any]) -> str:
 def _hf(config: ExportConfig, directory: Path) -> dict[str, Any]:
     import transformers
 
-    from llama3v.exporters import check, hf, licence
+    from llama3v.exporters import check, hf
     from llama3v.model.llama3v import load_model
 
     model, tokenizer = load_model(config.model)
     tokens_per_tile = model.tokens_per_tile
-    summary = hf.write_stock(model, tokenizer, directory, form=config.form, dtype=_stored_type(config.model))
-    summary["warnings"] = licence.warnings(summary["base"], config.out)
+    summary = hf.write_stock(
+        model, tokenizer, directory, form=config.form, dtype=_stored_type(config.model), program=config.program
+    )
+    summary["warnings"] = _distribution(config, directory, summary["base"])
     if config.check:
         expected = check.reference_outputs(model, tokenizer)
         del model  # two copies of a large LLM need not be in memory at once
@@ -71,7 +84,7 @@ def _hf(config: ExportConfig, directory: Path) -> dict[str, Any]:
 
 def _gguf(config: ExportConfig, directory: Path) -> dict[str, Any]:
     from llama3v.engines.llama_api import VERSION
-    from llama3v.exporters import check, gguf, gguf_check, licence
+    from llama3v.exporters import check, gguf, gguf_check
     from llama3v.exporters.vision_check import compare_vision
     from llama3v.model.llama3v import load_model
     from llama3v.model.prompt import Renderer
@@ -80,7 +93,7 @@ def _gguf(config: ExportConfig, directory: Path) -> dict[str, Any]:
     weights = config.weights or _SHORT_NAMES[_stored_type(config.model)]
     runtime = _runtime_of(config)
     summary = gguf.write_gguf(model, tokenizer, directory, weights=weights, runtime=runtime)
-    summary["warnings"] = licence.warnings(summary["base"], config.out)
+    summary["warnings"] = _distribution(config, directory, summary["base"])
     if runtime is None and config.tower == "auto":
         summary["warnings"].append(
             "without a vision file, ask needs PyTorch; for one: pip install 'llama3v[openvino]', and export again"
@@ -103,6 +116,38 @@ def _gguf(config: ExportConfig, directory: Path) -> dict[str, Any]:
     return summary
 
 
+def _mlx(config: ExportConfig, directory: Path) -> dict[str, Any]:
+    from importlib.metadata import version
+    from tempfile import TemporaryDirectory
+
+    from llama3v.exporters import check, hf, licence, mlx, texts
+    from llama3v.model.llama3v import load_model
+
+    model, tokenizer = load_model(config.model)
+    settings, tower = model.config, hf.foldable_tower(model)
+    weights = config.weights or _SHORT_NAMES[_stored_type(config.model)]
+    # What quantisation leaves alone is in half of the bytes, as everywhere in MLX
+    dtype = {name: kind for kind, name in _SHORT_NAMES.items()}.get(weights, "bfloat16")
+    with TemporaryDirectory(dir=directory.parent) as work:
+        summary = hf.write_stock(model, tokenizer, Path(work), form="smolvlm", dtype=dtype)
+        mlx.convert(Path(work), directory, weights=weights, hidden=settings.text_config.hidden_size)
+    text = texts.mlx_readme(tower.tile_size, model.tokens_per_tile, licence.built_with(summary["base"]))
+    (directory / "README.md").write_text(text)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    summary |= {"format": "mlx", "weights": weights, "bytes": size, "mlx_vlm": version("mlx-vlm")}
+    summary["warnings"] = _distribution(config, directory, summary["base"])
+    rope = getattr(settings.text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        summary["warnings"].append(
+            f"mlx-vlm does not scale positions as {rope['rope_type']} does: long prompts will go wrong there"
+        )
+    if config.check:
+        expected = check.reference_outputs(model, tokenizer)
+        del model
+        summary["check"] = mlx.compare(expected, directory, weights, settings.image_token_id)
+    return summary
+
+
 def _vision(config: ExportConfig, directory: Path) -> dict[str, Any]:
     from llama3v.engines.vision_file import FILES
     from llama3v.exporters import check, licence, texts, vision_files
@@ -119,8 +164,6 @@ def _vision(config: ExportConfig, directory: Path) -> dict[str, Any]:
     base = licence.base_of(model.config.text_config, tokenizer)  # the projector is trained for this LLM
     facts = vision_files.facts_of(model, tower)
     (directory / "README.md").write_text(texts.vision_readme(runtime, facts, licence.built_with(base)))
-    if base is not None:
-        (directory / "NOTICE").write_text(licence.notice(base))
     summary = {
         "format": config.format,
         "form": FILES[runtime],
@@ -129,7 +172,7 @@ def _vision(config: ExportConfig, directory: Path) -> dict[str, Any]:
         "bytes": size,
         "tokens_per_tile": model.tokens_per_tile,
         "base": base,
-        "warnings": licence.warnings(base, config.out),
+        "warnings": _distribution(config, directory, base),
         runtime: vision_files.require_writer(runtime).__version__,
     }
     if config.check:
@@ -181,4 +224,11 @@ def _vision_check(check: dict[str, Any]) -> str:
     )
 
 
-_CHECKS = {"hf": _hf_check, "gguf": _gguf_check, "openvino": _vision_check, "onnx": _vision_check}
+def _mlx_check(check: dict[str, Any]) -> str:
+    return (
+        f"mlx-vlm: greedy tokens equal in {check['greedy_equal']} of {len(check['cases'])} conversations; largest "
+        f"differences: visual tokens {check['visual_tokens']:.1e}, logits {check['logits']:.1e}"
+    )
+
+
+_CHECKS = {"hf": _hf_check, "gguf": _gguf_check, "mlx": _mlx_check, "openvino": _vision_check, "onnx": _vision_check}

@@ -5,7 +5,7 @@ mmproj.gguf      vision tower, projector blocks and projector as one Idefics3 to
 tokenizer.json   for this package's own engine, which renders prompts itself; with tokenizer_config.json
 vision.xml, .bin or vision.onnx: tower and projector for OpenVINO or ONNX Runtime (exporters/vision_files.py)
 Modelfile        for `ollama create`
-README.md        how to run it; with NOTICE where the base is Llama 3
+README.md        how to run it; exporters/card.py completes it
 """
 
 import json
@@ -88,8 +88,6 @@ def write_gguf(
     tensors += write_mmproj(gguf, model, tower, directory / VISION_FILE, half=half, digest=digest_of(model))
     added = write_vision_file(model, tower, directory, runtime=runtime, half=half) if runtime is not None else 0
     base = licence.base_of(config.text_config, tokenizer)
-    if base is not None:
-        (directory / "NOTICE").write_text(licence.notice(base))
     stops = [renderer.name_of(stop) for stop in renderer.stop_ids]
     (directory / "Modelfile").write_text(modelfile(config.prompt_format, stops, base))
     (directory / "README.md").write_text(readme(tower.tile_size, model.tokens_per_tile, licence.built_with(base)))

@@ -5,7 +5,7 @@ tokenizer.json, tokenizer_config.json the LLM's own, with <image> reserved past 
 chat_template.jinja                   our prompt (model/prompt.py), as a template
 processor_config.json                 one tile of tile_size pixels per <image>; preprocessor_config.json for readers of old
 generation_config.json                greedy, with every id that ends a turn
-README.md                             how to load it; with NOTICE and licence where the base is Llama 3
+README.md                             how to load it; exporters/card.py completes it
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from llama3v.errors import CheckpointError
 from llama3v.exporters import licence, texts
-from llama3v.model.fold import fold_config, fold_weights
+from llama3v.model.fold import POSITION_BORDER, fold_config, fold_weights, require_exact_positions
 from llama3v.model.llama3v import Llama3VForConditionalGeneration
 from llama3v.model.prompt import IMAGE_TOKEN, Renderer
 from llama3v.model.vision import SiglipTower
@@ -32,7 +32,13 @@ _BICUBIC = 3  # Pillow's number
 
 
 def write_stock(
-    model: Llama3VForConditionalGeneration, tokenizer: Any, directory: Path, *, form: str, dtype: str
+    model: Llama3VForConditionalGeneration,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    form: str,
+    dtype: str,
+    program: str = "transformers",
 ) -> dict[str, Any]:
     """Write `model` into the existing, empty `directory` and return what the summary should say.
 
@@ -40,31 +46,36 @@ def write_stock(
         tokenizer: the LLM's fast tokenizer.
         form: "smolvlm" or "idefics3".
         dtype: type of the written weights ("float32", "bfloat16", "float16").
+        program: "transformers", or "vllm", which reads positions without a border (model/fold.py).
 
     Raises:
-        CheckpointError: the model has no stock form, or its tokenizer cannot reserve <image>.
+        CheckpointError: the model has no stock form, its tokenizer cannot reserve <image>, or vLLM would round its
+            positions.
     """
     tower = foldable_tower(model)
     config = model.config
     renderer = Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id)
     new_tokens = (IMAGE_TOKEN, *FRAMING_TOKENS[form])
     write_tokenizer(tokenizer, config, new_tokens, renderer, directory)
-    _write_json(directory / "config.json", _stock_config(config, tokenizer, renderer, form, dtype))
+    border = POSITION_BORDER
+    if program == "vllm":
+        require_exact_positions(tower.grid_side)
+        border = 0
+    _write_json(directory / "config.json", _stock_config(config, tokenizer, renderer, form, dtype, border))
     _write_json(directory / "generation_config.json", _generation_config(tokenizer, renderer))
     processor = _processor_config(tower, model.tokens_per_tile, form)
     _write_json(directory / "processor_config.json", processor)
     _write_json(directory / "preprocessor_config.json", processor["image_processor"])
     (directory / "chat_template.jinja").write_text(texts.chat_template(config.prompt_format))
-    tensors, size = _write_weights(model, tower, len(new_tokens), dtype, directory)
+    tensors, size = _write_weights(model, tower, len(new_tokens), dtype, directory, border)
     base = licence.base_of(config.text_config, tokenizer)
-    if base is not None:
-        (directory / "NOTICE").write_text(licence.notice(base))
     built_with = licence.built_with(base)
     (directory / "README.md").write_text(texts.readme(form, tower.tile_size, model.tokens_per_tile, built_with))
     return {
         "format": "hf",
         "form": form,
         "dtype": dtype,
+        "program": program,
         "tensors": tensors,
         "bytes": size,
         "image_token_id": config.image_token_id,
@@ -88,13 +99,19 @@ def foldable_tower(model: Llama3VForConditionalGeneration) -> SiglipTower:
 
 
 def _write_weights(
-    model: Llama3VForConditionalGeneration, tower: SiglipTower, new_tokens: int, dtype: str, directory: Path
+    model: Llama3VForConditionalGeneration,
+    tower: SiglipTower,
+    new_tokens: int,
+    dtype: str,
+    directory: Path,
+    border: int,
 ) -> tuple[int, int]:
     """Write model.safetensors (in shards past 5 GB); returns the number of tensors and their bytes."""
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    folded = fold_weights(model.state_dict(), depth=tower.depth, grid_side=tower.grid_side, new_tokens=new_tokens)
+    sizes = {"depth": tower.depth, "grid_side": tower.grid_side, "new_tokens": new_tokens, "border": border}
+    folded = fold_weights(model.state_dict(), **sizes)
     folded = {name: tensor.to(getattr(torch, dtype)) for name, tensor in folded.items()}
     save_torch_state_dict(folded, directory, max_shard_size="5GB", metadata={"format": "pt"})
     return len(folded), sum(tensor.nbytes for tensor in folded.values())
@@ -163,8 +180,10 @@ def _framing(new_tokens: tuple[str, ...]) -> dict[str, str]:
     return {"image_token": IMAGE_TOKEN, "fake_image_token": "", "global_image_token": ""}
 
 
-def _stock_config(config: Any, tokenizer: Any, renderer: Renderer, form: str, dtype: str) -> dict[str, Any]:
-    content = fold_config(config, form=form, new_tokens=1 + len(FRAMING_TOKENS[form]), dtype=dtype)
+def _stock_config(
+    config: Any, tokenizer: Any, renderer: Renderer, form: str, dtype: str, border: int
+) -> dict[str, Any]:
+    content = fold_config(config, form=form, new_tokens=1 + len(FRAMING_TOKENS[form]), dtype=dtype, border=border)
     ids = _special_ids(tokenizer, renderer)
     content["text_config"] |= ids
     return content | {key: value for key, value in ids.items() if key != "bos_token_id"}

@@ -1,15 +1,23 @@
 """What Meta's licences ask of whoever distributes a model built on Llama 3: a Notice, a sentence, a name.
 
 Meta Llama 3 Community License, section 1.b (https://llama.meta.com/llama3/license), and those of Llama 3.1 to 3.3,
-which ask the same with "Built with Llama".
+which ask the same with "Built with Llama". Their text is not part of this package: an export copies it from beside the
+model, or tells where it must go (exporters/card.py).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 # Llama 3's tokenizer, by which a base is recognised whatever its directory is called
 _VOCABULARY = 128256
 _BEGIN_OF_TEXT = ("<|begin_of_text|>", 128000)
+
+_KNOWN = (
+    (r"google/siglip.*", "apache-2.0", "Apache License 2.0"),
+    (r"HuggingFaceTB/SmolLM.*", "apache-2.0", "Apache License 2.0"),
+)
+"""Of what a model may be built: its name, its licence as hubs call it, and in words (as their pages stated in 2026)."""
 
 
 def base_of(text_config: Any, tokenizer: Any) -> str | None:
@@ -38,12 +46,31 @@ def notice(base: str) -> str:
     return f"{base} is licensed under the {base} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
 
 
+def address(base: str) -> str:
+    """Where Meta publishes the agreement."""
+    return "https://llama.meta.com/llama3/license" if base == "Meta Llama 3" else "https://www.llama.com/license"
+
+
+def identifier(llm: str | None, base: str | None) -> str:
+    """The licence of a model as hubs name it in a card's front matter: that of its language model."""
+    if base is not None:
+        return "llama3" if base == "Meta Llama 3" else base.lower().replace(" ", "")
+    return next((name for pattern, name, _ in _KNOWN if re.fullmatch(pattern, llm or "")), "other")
+
+
+def in_words(source: str | None, base: str | None) -> str:
+    """The licence of one part."""
+    if base is not None:
+        return f"{base} Community License (NOTICE, LICENSE)"
+    known = (words for pattern, _, words in _KNOWN if re.fullmatch(pattern, source or ""))
+    return next(known, "under the terms of its publisher")
+
+
 def warnings(base: str | None, directory: Path) -> list[str]:
     """What else the licence asks of the user before `directory` is distributed, one line each."""
     if base is None:
         return []
-    lines = [f"the base is {base}: add its licence agreement to {directory} before you distribute it"]
     start = "Llama 3" if base == "Meta Llama 3" else "Llama"
-    if not directory.name.replace("-", " ").replace("_", " ").lower().startswith(start.lower()):
-        lines.append(f"the base is {base}: a model that you distribute needs a name that begins with {start!r}")
-    return lines
+    if directory.name.replace("-", " ").replace("_", " ").lower().startswith(start.lower()):
+        return []
+    return [f"the base is {base}: a model that you distribute needs a name that begins with {start!r}"]

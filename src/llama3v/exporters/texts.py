@@ -169,3 +169,29 @@ def vision_readme(runtime: Runtime, facts: VisionFacts, built_with: str | None) 
         built_with=f"\n{built_with}\n" if built_with else "",
         **values,
     )
+
+
+_MLX_README = """\
+---
+library_name: mlx
+pipeline_tag: image-text-to-text
+---
+# A Llama 3-V for MLX
+{built_with}
+A vision tower, a projection block of two self-attention blocks and a Llama, written by `llama3v export` and converted by
+mlx-vlm, which runs it:
+
+```bash
+pip install mlx-vlm
+python -m mlx_vlm generate --model . --image photo.jpg --prompt "What is on the table?"
+```
+
+- One `<image>` is one tile of {tile_size} x {tile_size} pixels and becomes {tokens_per_tile} visual tokens: the whole picture, resized.
+- Slices for small print and detail are further images, the overview first. `llama3v ask` makes them by itself.
+"""
+
+
+def mlx_readme(tile_size: int, tokens_per_tile: int, built_with: str | None) -> str:
+    """How to run the directory. `built_with`: the sentence that the licence of the base asks for."""
+    sentence = f"\n{built_with}\n" if built_with else ""
+    return _MLX_README.format(tile_size=tile_size, tokens_per_tile=tokens_per_tile, built_with=sentence)

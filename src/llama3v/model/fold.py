@@ -53,27 +53,45 @@ def folded_name(name: str, depth: int) -> str:
     )
 
 
-def fold_weights(weights: dict[str, Tensor], *, depth: int, grid_side: int, new_tokens: int) -> dict[str, Tensor]:
+def require_exact_positions(grid_side: int) -> None:
+    """CheckpointError where vLLM's buckets, without a border, give a patch another one's position.
+
+    vLLM wants tiles of the size that its table of positions covers, so that no border can be added. Source:
+    vllm/model_executor/models/idefics2_vision_model.py, Idefics2VisionEmbeddings.
+    """
+    borders = torch.arange(1 / grid_side, 1.0, 1 / grid_side)
+    fractions = torch.arange(0, 1 - 1e-6, float(1 / torch.tensor(grid_side)))
+    if torch.bucketize(fractions, borders, right=True).tolist() != list(range(grid_side)):
+        raise CheckpointError(
+            f"vLLM would give some of the {grid_side} x {grid_side} patches of a tile the positions of their neighbours "
+            "(27 x 27 are right); serve this model with transformers, llama.cpp or mlx-vlm"
+        )
+
+
+def fold_weights(
+    weights: dict[str, Tensor], *, depth: int, grid_side: int, new_tokens: int, border: int = POSITION_BORDER
+) -> dict[str, Tensor]:
     """All tensors of a stock checkpoint, out of the state dict of a `Llama3VForConditionalGeneration`.
 
     Args:
         weights: our state dict; a tied LM head must be in it (it is written out, because MLX reads it explicitly).
         depth: layers of the vision tower. grid_side: patches along one side of a tile.
         new_tokens: token ids that are reserved past the LLM's vocabulary.
+        border: rows and columns that are added to the position table; 0 for vLLM.
     """
     folded = {}
     for name, tensor in weights.items():
         if name == _POSITIONS:
-            tensor = padded_positions(tensor, grid_side)
+            tensor = padded_positions(tensor, grid_side, border)
         elif name in _VOCABULARY:
             tensor = grow_rows(tensor, new_tokens)
         folded[folded_name(name, depth)] = tensor.contiguous()
     return folded
 
 
-def padded_positions(table: Tensor, grid_side: int) -> Tensor:
-    """[side**2, width] -> [(side + 1)**2, width]: a border of zeros to the right and below, which no patch uses."""
-    side, width = grid_side + POSITION_BORDER, table.shape[1]
+def padded_positions(table: Tensor, grid_side: int, border: int = POSITION_BORDER) -> Tensor:
+    """[side**2, width] -> [(side + border)**2, width]: zeros to the right and below, which no patch uses."""
+    side, width = grid_side + border, table.shape[1]
     padded = table.new_zeros(side, side, width)
     padded[:grid_side, :grid_side] = table.view(grid_side, grid_side, width)
     return padded.view(side * side, width)
@@ -90,16 +108,19 @@ def grow_rows(table: Tensor, count: int) -> Tensor:
     return torch.cat([table, mean.expand(count, -1)])
 
 
-def fold_config(config: Any, *, form: str, new_tokens: int, dtype: str) -> dict[str, Any]:
+def fold_config(
+    config: Any, *, form: str, new_tokens: int, dtype: str, border: int = POSITION_BORDER
+) -> dict[str, Any]:
     """The stock config.json of a `Llama3VConfig` whose tower is a SigLIP tower.
 
     Args:
         form: a key of ARCHITECTURES.
         new_tokens: token ids that are reserved past the LLM's vocabulary; the first is <image>.
         dtype: type of the written weights, such as "float32".
+        border: as in `fold_weights`.
     """
     vision, text = config.vision_config, config.text_config
-    side = vision["tile_size"] // vision["patch_size"] + POSITION_BORDER
+    side = vision["tile_size"] // vision["patch_size"] + border
     return {
         "architectures": [ARCHITECTURES[form]],
         "model_type": form,
@@ -116,7 +137,7 @@ def fold_config(config: Any, *, form: str, new_tokens: int, dtype: str) -> dict[
             "num_attention_heads": vision["heads"],
             "num_channels": 3,
             # The size of the padded position table; tiles keep tile_size pixels (see processor_config.json).
-            "image_size": side * vision["patch_size"],
+            "image_size": side * vision["patch_size"] if border else vision["tile_size"],
             "patch_size": vision["patch_size"],
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": 1e-6,

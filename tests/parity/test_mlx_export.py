@@ -1,0 +1,47 @@
+"""A directory for MLX: mlx-vlm computes from it what this package computes, also in 8 and 4 bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama3v.config import ExportConfig
+from llama3v.errors import CheckpointError, ConfigError
+from llama3v.exporters.mlx import convert
+from llama3v.exporters.verbs import export
+
+MLX_IS_HERE = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('mlx_vlm')", reason="needs mlx-vlm")
+pytestmark = pytest.mark.timeout(900)
+
+
+@MLX_IS_HERE
+@pytest.mark.slow  # two processes that import mlx-vlm, for seconds each: more than 20 seconds on a busy machine
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_mlx_vlm_gives_our_visual_tokens_logits_and_greedy_tokens(
+    tiny_model_dir: Path, tmp_path: Path, weights: str | None
+) -> None:
+    out = tmp_path / "out"
+    summary = export(ExportConfig(out=out, model=str(tiny_model_dir), format="mlx", weights=weights))  # type: ignore[arg-type]
+    check = summary["check"]
+    if weights is None:
+        assert check["greedy_equal"] == len(check["cases"]) == 3
+    assert check["visual_tokens"] < (1e-4 if weights is None else 5e-2)
+    assert check["logits"] < {None: 1e-3, "int8": 0.3, "int4": 1.5}[weights]
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("quantization", {}).get("bits") == {None: None, "int8": 8, "int4": 4}[weights]
+    assert "mlx_vlm generate" in (out / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_missing_mlx_vlm_is_named_before_a_model_is_loaded(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install mlx-vlm"):
+        export(ExportConfig(out=tmp_path / "out", model=str(tiny_model_dir), format="mlx"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_width_that_mlx_cannot_quantise_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="do not divide this LLM's width of 48"):
+        convert(tmp_path, tmp_path, weights="int4", hidden=48)
