@@ -29,6 +29,7 @@ VERBS: dict[str, type] = {
     "caption": config.CaptionConfig,
     "serve": config.ServeConfig,
     "export": config.ExportConfig,
+    "doctor": config.DoctorConfig,
     "eval": config.EvalConfig,
     "compare": config.CompareConfig,
     "ablate": config.AblateConfig,

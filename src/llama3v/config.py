@@ -932,3 +932,20 @@ class ServeConfig(Running):
             _bytes(self.vision_cache_disk) > 0,
             f"--vision-cache-disk is {self.vision_cache_disk}; give a number with a unit, such as 2GB",
         )
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what this machine can run, how fast (measured, in about a minute), and what to install.
+
+    Example:
+        llama3v doctor
+    """
+
+    seconds: float = 0.5
+    """Time for measuring the vision tower in each engine."""
+    json: Annotated[bool, FlagCreatePairsOff] = False
+    """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds > 0, f"--seconds is {self.seconds}; give more than 0")
