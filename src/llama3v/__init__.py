@@ -22,7 +22,7 @@ _HOMES = {
     "serve": "llama3v.server.verb",
     "export": "llama3v.exporters.verbs",
     "merge": "llama3v.exporters.merge",
-    "doctor": "llama3v.doctor.verb",
+    "doctor": "llama3v.diagnosis.verb",
     "eval": "llama3v.evaluate.verb",
     "compare": "llama3v.evaluate.comparison",
     "ablate": "llama3v.evaluate.ablation",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llama3v.cli import main
-from llama3v.doctor import machine, measure
-from llama3v.doctor.verb import LLMS, models
+from llama3v.diagnosis import machine, measure
+from llama3v.diagnosis.verb import LLMS, models
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llama3v.config import DoctorConfig
-from llama3v.doctor import machine, measure
+from llama3v.diagnosis import machine, measure
 
 LLMS = {"Llama 3 8B": 8.03e9, "Llama 3.2 3B": 3.21e9, "Llama 3.2 1B": 1.24e9, "SmolLM2 135M": 0.135e9}
 """Language model -> weights."""
