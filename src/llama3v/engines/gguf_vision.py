@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama3v.engines.base import ImageFeatures
-from llama3v.engines.llama_api import require_gguf
+from llama3v.engines.gguf_fields import read_fields
 from llama3v.engines.vision_file import FILES, VisionFile, runtime_for
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.tiles import Tiles
@@ -36,7 +36,7 @@ class GgufVision:
 
     def __init__(self, path: Path, tower: str | None = None) -> None:
         self._path, self._tower = path, tower
-        self._fields, self._reader = _read(path)
+        self._fields = read_fields(path)
         try:
             self.prompt_format = str(self._fields["llama3v.prompt_format"])
             self.image_token_id, self.max_tiles, r = (
@@ -84,7 +84,7 @@ class GgufVision:
     def _torch(self) -> "TorchVision":
         from llama3v.engines.gguf_torch import TorchVision
 
-        return TorchVision(self._path, self._fields, self._reader, self._tower)
+        return TorchVision(self._path, self._fields, _reader(self._path), self._tower)
 
     def _file_runtime(self) -> Any:
         folder = self._path.parent
@@ -93,15 +93,13 @@ class GgufVision:
         return self._tower if self._tower in FILES and (folder / FILES[self._tower]).is_file() else None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Any]:
-    """Metadata and gguf.GGUFReader of a GGUF file, whose tensors are all there."""
+def _reader(path: Path) -> Any:
+    """gguf.GGUFReader of a GGUF file."""
     try:
         import gguf
     except ImportError as error:
         raise ConfigError("reading GGUF needs an extra: pip install 'llama3v[llamacpp]'") from error
-    require_gguf(path)
     try:
-        reader = gguf.GGUFReader(path)
-        return {name: field.contents() for name, field in reader.fields.items()}, reader
+        return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); export the model again") from error

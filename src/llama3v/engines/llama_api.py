@@ -304,9 +304,9 @@ class Llama:
             self._lib.llama_batch_free(batch)
         if status != 0:
             raise CheckpointError(f"llama.cpp failed to read {count} tokens at {position} (status {status})")
-        rows = range(count) if all_logits else (count - 1,)
-        logits = np.stack([self._logits(row) for row in rows])
-        return logits if all_logits else logits[0]
+        if not all_logits:
+            return self._logits(count - 1)
+        return np.stack([self._logits(row) for row in range(count)])
 
     def _logits(self, row: int) -> np.ndarray:
         pointer = self._lib.llama_get_logits_ith(self._context, row)
