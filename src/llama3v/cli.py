@@ -1,4 +1,4 @@
-"""The command line: one verb, one options dataclass (config.py), one function (``llama3v.<verb>``).
+"""The command line: one verb, one options dataclass (config/), one function (``llama3v.<verb>``).
 
 No logic of its own: it makes the parser from the dataclasses, calls the function, and turns an error that
 the user can mend into one line and exit code 2. Nothing heavy is imported before the options are known.

@@ -30,7 +30,7 @@ def open_engine(
 ) -> Choice:
     """The engine of a model directory, GGUF pair or hub name.
 
-    Args: see `Running` in config.py; conversations: see Engine.
+    Args: see `Running` in config/run.py; conversations: see Engine.
 
     Raises CheckpointError, and ConfigError where an extra is missing or the engine cannot run this kind of model.
     """

@@ -2,7 +2,7 @@
 
 `quickstart` is also a verb. The others are option sets of `pretrain` and `sft`: `llama3v pretrain --recipe llama3_8b --help`
 shows what one says. Options that are given beside `--recipe` replace the recipe's. A recipe is a file here with two
-dictionaries, PRETRAIN and SFT, and a name in config.py.
+dictionaries, PRETRAIN and SFT, and a name in config/train.py.
 """
 
 from collections.abc import Mapping, Sequence
