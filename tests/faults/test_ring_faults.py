@@ -193,6 +193,7 @@ def finish(process: Any, ring: Ring) -> None:
     assert process.exitcode == 0, ring.logs()
 
 
+@pytest.mark.slow  # half a minute and more
 def test_a_fifth_of_the_disk_gives_the_same_training(ring: Ring, plain: Path) -> None:
     with ring.watched():
         encoder, trainer = ring.encode(), ring.train()

@@ -19,7 +19,7 @@ from llama3v.model.fold import require_exact_positions
 from llama3v.model.llama3v import load_model
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "idefics3"])
+@pytest.fixture(scope="module", params=["smolvlm", pytest.param("idefics3", marks=pytest.mark.slow)])
 def exported(request, tiny_model_dir: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("vllm") / "out"
     config = ExportConfig(out=out, model=str(tiny_model_dir), program="vllm", form=request.param)
