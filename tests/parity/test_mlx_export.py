@@ -16,7 +16,18 @@ pytestmark = pytest.mark.timeout(900)
 
 @MLX_IS_HERE
 @pytest.mark.slow  # two processes that import mlx-vlm, for seconds each: more than 20 seconds on a busy machine
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        None,
+        *(
+            pytest.param(
+                name, marks=pytest.mark.xfail(strict=True, reason="mlx-vlm finds no lm_head.scales of a tied LLM")
+            )
+            for name in ("int8", "int4")
+        ),
+    ],
+)
 def test_mlx_vlm_gives_our_visual_tokens_logits_and_greedy_tokens(
     tiny_model_dir: Path, tmp_path: Path, weights: str | None
 ) -> None:
