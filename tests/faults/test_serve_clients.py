@@ -234,15 +234,18 @@ def test_keys_are_needed_known_and_limited(engine: TorchEngine) -> None:
 
 
 def test_the_server_drains_what_is_in_work(engine: TorchEngine, steps: Steps) -> None:
-    steps.seconds["read"] = 0.02
+    steps.seconds["read"] = 0.05
     answers: list[Any] = []
     with running(engine) as server:
         asking_threads = [
-            threading.Thread(target=lambda: answers.append(server.chat("Hello", max_tokens=8))) for _ in range(4)
+            threading.Thread(target=lambda: answers.append(server.chat("Hello", max_tokens=24))) for _ in range(4)
         ]
         for thread in asking_threads:
             thread.start()
-        steps.reached("read", 4)
+        scheduler, end = server.gateway.scheduler, time.monotonic() + 10
+        while scheduler.running + scheduler.waiting < 4:  # a request that has not arrived is not in work
+            assert time.monotonic() < end
+            time.sleep(0.005)
         server.stop()
         for thread in asking_threads:
             thread.join(30)
