@@ -16,10 +16,14 @@ USES = {
     "openvino": "the vision tower on Intel and AMD CPUs; export --format openvino",
     "onnxruntime": "the vision tower on any CPU; export --format onnx",
     "mlx": "Apple's GPUs",
+    "serve": "llama3v serve: the API and the page",
     "ray": "encode --ray-workers",
     "score": "encode --score with the tokenizer of SigLIP 1",
     "captions": "CIDEr, BLEU, ROUGE-L and METEOR in eval",
+    "duplicates": "eval --trained-data: near-duplicates of training pictures",
     "tensorboard": "curves in TensorBoard while training",
+    "wandb": "curves in Weights & Biases while training",
+    "trackio": "curves in Trackio while training",
     "api": "eval of models behind an endpoint",
 }
 """Extra -> what it is for. Those without a line here are for developers of this package."""

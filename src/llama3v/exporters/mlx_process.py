@@ -20,9 +20,18 @@ def convert(stock: str, directory: str, settings_text: str) -> None:
     from mlx_vlm.convert import convert as convert_stock
 
     settings = json.loads(settings_text)
-    quantised = settings["bits"] is not None
-    options = {"q_bits": settings["bits"], "q_group_size": settings["group"]} if quantised else {}
-    convert_stock(stock, directory, quantize=quantised, dtype=settings["dtype"], trust_remote_code=False, **options)
+    options: dict[str, Any] = {}
+    if settings["bits"] is not None:
+        options = {"q_bits": settings["bits"], "q_group_size": settings["group"], "quant_predicate": _is_quantised}
+    convert_stock(stock, directory, quantize=bool(options), dtype=settings["dtype"], trust_remote_code=False, **options)
+
+
+def _is_quantised(path: str, module: Any) -> bool:
+    """Matrices of the LLM alone: mlx-vlm by itself would take the projector's last one, too.
+
+    Where a matrix is no multiple of 64 numbers, mlx-vlm would quantise it here and not expect it at loading.
+    """
+    return path.startswith("language_model") and hasattr(module, "to_quantized") and module.weight.size % 64 == 0
 
 
 def check(directory: str, inputs_file: str, outputs_file: str, new_tokens: str, image_token_id: str) -> None:
