@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,21 @@ def test_variants_are_trained_compared_and_not_trained_twice(options: dict, caps
     assert again["variants"][1]["loss"] == rows["mlp"]["loss"]
     with pytest.raises(CheckpointError, match="steps was 2, now 3"):
         llama3v.ablate(AblateConfig(**{**options, "sft_steps": 3}, variants=("mlp",)))
+
+
+def test_a_codec_is_compared_with_the_default_one_where_the_cache_holds_both(options: dict, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(options["cache"], cache)
+    options = options | {"cache": cache, "out": tmp_path / "out", "sft_steps": 1, "pretrain_steps": 1, "seeds": (0,)}
+    for data in (*options["data"], options["validation"]):
+        llama3v.encode(EncodeConfig(data=data, vision=options["vision"], cache=cache, max_tiles=0, codec="int8"))
+    llama3v.ablate(AblateConfig(**options, variants=("codec=int8",)))
+    for stage, base in (("stage1", "base"), ("stage2", "base")):
+        summary = json.loads((options["out"] / stage / base / "seed-0" / "summary.json").read_text())
+        assert summary["options"]["codec"] == "bf16"
+    losses = [row["loss"]["value"] for row in json.loads((options["out"] / "ablation.json").read_text())["variants"]]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_words_become_options() -> None:

@@ -18,7 +18,7 @@ import llama3v
 from llama3v.config import AblateConfig, PretrainConfig, SftConfig
 from llama3v.evaluate.ablation_report import print_table, write_report
 from llama3v.evaluate.ablation_table import rows_of
-from llama3v.evaluate.variants import Variant, parse_variants
+from llama3v.evaluate.variants import Variant, base_codec, parse_variants
 from llama3v.train.checkpoint import replace_durably
 from llama3v.train.summary import finished_run
 
@@ -67,8 +67,7 @@ def _train(config: AblateConfig, variant: Variant, seed: int) -> dict[str, Any]:
         return first
     second = config.out / "stage2" / variant.name / f"seed-{seed}"
     options = SftConfig(
-        **_shared(config, seed),
-        **variant.second,
+        **_shared(config, seed) | variant.second,
         out=second,
         model=str(_stage_1_directory(config, variant, seed)),
         steps=config.sft_steps,
@@ -99,7 +98,7 @@ def _stage_1(
         if needs_weights and (directory / "summary.json").is_file() and not (directory / "model.safetensors").is_file():
             shutil.rmtree(directory)
         shared = _shared(config, seed) | {"steps": config.pretrain_steps, "learning_rate": config.learning_rate}
-        options = PretrainConfig(**shared, **changes, out=directory, vision=config.vision, llm=config.llm)
+        options = PretrainConfig(**shared | changes, out=directory, vision=config.vision, llm=config.llm)
         summary: dict[str, Any] = llama3v.pretrain(options)
         return summary
     from llama3v.model.llama3v import build_model, save_model
@@ -121,6 +120,7 @@ def _shared(config: AblateConfig, seed: int) -> dict[str, Any]:
     return {
         "data": config.data,
         "cache": config.cache,
+        "codec": base_codec(config.variants),
         "validation": config.validation,
         "validation_samples": config.validation_samples,
         "row_tokens": config.row_tokens,

@@ -17,11 +17,17 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Claim:
-    """A row: what a publication says of a model, in per cent; a range as text. `source` names the publication."""
+    """A row: what a publication says of a model.
+
+    Attributes:
+        source: names the publication. scores: task -> per cent; a range as text. unchecked: tasks whose score is not
+            known to stand in the source.
+    """
 
     model: str
     source: str
     scores: dict[str, float | str]
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def published() -> Published:
     return Published(
         values["note"],
         tuple(Benchmark(**one) for one in values["benchmarks"]),
-        tuple(Claim(**one) for one in values["models"]),
+        tuple(Claim(**one | {"unchecked": tuple(one["unchecked"])}) for one in values["models"]),
     )
 
 

@@ -1,6 +1,6 @@
 """eval.html: how well it sees and how sure that is, beside what others claim, with right and wrong answers to look at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,10 @@ def _add_scores(report: Report, summary: dict[str, Any]) -> None:
 def _add_beside_published(report: Report, summary: dict[str, Any], name: str) -> None:
     table, ours = published(), our_row(summary)
     part = " (first samples only)" if summary["limit"] is not None and ours else ""
-    named: list[tuple[str, Mapping[str, float | str]]] = [(f"{name}, measured here{part}", ours)]
-    named += [(_unbroken(claim.model), claim.scores) for claim in table.claims]
-    rows = [[model, *(_cell(scores.get(one.task)) for one in table.benchmarks)] for model, scores in named]
+    rows = [[f"{name}, measured here{part}", *(_cell(ours.get(one.task)) for one in table.benchmarks)]]
+    for claim in table.claims:
+        cells = [_cell(claim.scores.get(one.task)) + "*" * (one.task in claim.unchecked) for one in table.benchmarks]
+        rows.append([_unbroken(claim.model), *cells])
     said = f"{table.note} " + "; ".join(f"{one.model}: {one.source}" for one in table.claims) + "."
     if not ours:
         said = f"This run asked none of these benchmarks. {said}"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from llama3v.config import Codec, Policy
+from llama3v.config import Codec, EncodeConfig, Policy
 from llama3v.errors import ConfigError
 
 
@@ -97,6 +97,12 @@ def parse_variants(texts: tuple[str, ...], sft_steps: int) -> list[Variant]:
         if not sft_steps and (variant.sft or not variant.stage_1):
             raise ConfigError(f"--variants: {variant.name!r} is about stage 2, which has no steps; give --sft-steps")
     return variants
+
+
+def base_codec(texts: tuple[str, ...]) -> Codec | None:
+    """What the base reads: where a variant names a codec the cache has several, so it is said; else what is there."""
+    named = any("codec" in parse_variant(text).both for text in texts)
+    return EncodeConfig.codec if named else None
 
 
 def _change(text: str, word: str) -> _Change:
