@@ -52,6 +52,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "variants": rows_of(runs),
         "options": _plain(config),
+        "environment": runs[variants[0].name][0]["environment"],
     }
     replace_durably(config.out / "ablation.json", json.dumps(summary, indent=1) + "\n")
     write_report(config.out / "ablation.html", summary)

@@ -87,7 +87,8 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
         for place, seed in enumerate(summary["seeds"])
     ]
     report.add_table("Every training", ["variant", "seed", "loss", "shuffled", "gap"], seeds)
-    report.add_table("Options", ["option", "value"], [[name, str(value)] for name, value in options.items()])
+    for title, found in (("Options", options), ("Environment", summary["environment"])):
+        report.add_table(title, ["name", "value"], [[name, str(value)] for name, value in found.items()])
     report.write(path)
 
 
