@@ -10,6 +10,7 @@ threads. *Roofline*: tokens per second if every weight were read once per token 
 memory, measured in the same run. --prepare writes the models and ends, so that the measurement is short.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def main(options: Options) -> list[dict[str, Any]]:
         rows.append(decode_in_llama_cpp(kind, path, pair, bandwidth, options))
     rows += first_tokens(pair, options)
     rows.append(decode_in_torch(model, bandwidth, options))
-    rows.append(start_up(pair, options.rounds))
+    rows += start_up(pair, options.rounds)
     write_results(options.json, rows, PACKAGES)
     return rows
 
@@ -243,26 +244,34 @@ def decode_in_torch(model: Path, bandwidth: float, options: Options) -> dict[str
     )
 
 
-def start_up(pair: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a whole `llama3v ask` in a new process: an image, one token."""
+def start_up(pair: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of a whole `llama3v ask` in a new process (an image, one token), and without tower and LLM at work."""
     photo = pair.parent / "photo.png"
     _picture(0).save(photo)
     program = (
         "import sys; from llama3v.cli import main; code = main(sys.argv[1:]); "
         "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
     )
-    command = [sys.executable, "-c", program, "ask", str(photo), "What is it?", "--detail", "low"]
+    command = [sys.executable, "-c", program, "ask", str(photo), "What is it?", "--detail", "low", "--json"]
     command += ["--model", str(pair), "--max-new-tokens", "1"]
-    seconds, with_torch = [], "False"
-    for _ in range(max(3, rounds // 2)):
+    seconds, work, with_torch = [], [], "False"
+    for _ in range(max(3, rounds)):
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - started)
+        said = json.loads(done.stdout)
+        work.append((said["vision_seconds"], said["prefill_seconds"]))
         with_torch = done.stderr.split()[-1]
+    tower, prompt = (median(values) for values in zip(*work, strict=True))
+    alone = median(whole - sum(parts) for whole, parts in zip(seconds, work, strict=True))
     note = (
         f"llama.cpp and OpenVINO, one tile; {'torch was imported' if with_torch == 'True' else 'torch is not imported'}"
     )
-    return row("start-up: a whole `ask` in a new process", median(seconds), limit=LIMIT_SECONDS, unit="s", note=note)
+    parts = f"the rest: tower {tower:.2f} s, reading {said['prompt_tokens']} tokens {prompt:.2f} s"
+    return [
+        row("start-up: a whole `ask` in a new process", median(seconds), limit=LIMIT_SECONDS, unit="s", note=note),
+        row("start-up alone: the same until tower and LLM work, and the end", alone, unit="s", note=parts),
+    ]
 
 
 def read_bandwidth(gigabytes: float = 0.5) -> float:

@@ -21,7 +21,7 @@ from llama3v.config import AskConfig, ExportConfig
 from llama3v.engines import llama_api
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.torch import TorchEngine
-from llama3v.engines.verbs import ask
+from llama3v.engines.ask import ask
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 from llama3v.exporters.gguf import _rope_factors
 from llama3v.exporters.quantise import type_of

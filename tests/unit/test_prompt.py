@@ -242,3 +242,17 @@ def test_an_image_token_that_text_could_produce_is_refused() -> None:
         Renderer(TOKENIZERS["llama3"], "llama3", 1, 65)
     with pytest.raises(PromptError, match="1 or more"):
         Renderer(TOKENIZERS["llama3"], "llama3", 0, IMAGE)
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=30)
+@given(conversation=conversations())
+def test_a_tokenizer_of_ones_own_renders_as_a_copy_does(
+    name: str, flagged: bool, conversation: tuple[list[Turn], list[Grid]]
+) -> None:
+    own = byte_tokenizer(SPECIAL[name], flagged)
+    own.enable_truncation(5)
+    renderer = Renderer(own, name, TOKENS_PER_TILE, IMAGE, own=True)
+    assert renderer.render(*conversation) == RENDERERS[name].render(*conversation)
+    assert renderer.stop_ids == RENDERERS[name].stop_ids

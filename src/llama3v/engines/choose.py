@@ -26,23 +26,29 @@ class Choice:
 
 
 def open_engine(
-    model: str | Path, runtime: Runtime | None = None, *, weights: AnswerWeights = "full", conversations: int = 1
+    model: str | Path,
+    runtime: Runtime | None = None,
+    *,
+    weights: AnswerWeights = "full",
+    conversations: int = 1,
+    with_images: bool = False,
 ) -> Choice:
     """The engine of a model directory, GGUF pair or hub name.
 
-    Args: see `Running` in config/run.py; conversations: see Engine.
+    Args: see `Running` in config/run.py; conversations: see Engine; with_images: see LlamaCppEngine, others open all at
+    once.
 
     Raises CheckpointError, and ConfigError where an extra is missing or the engine cannot run this kind of model.
     """
     if runtime != "auto":
         default = "llamacpp" if is_gguf_pair(model) else "torch"
-        return Choice(_open(runtime or default, model, weights, conversations))
+        return Choice(_open(runtime or default, model, weights, conversations, with_images))
     best: Engine | None = None
     speeds: dict[str, float] = {}
     left_out = []
     for name in NEEDS:
         try:
-            engine = _open(name, model, weights, conversations)
+            engine = _open(name, model, weights, conversations, with_images)
         except ConfigError as error:  # another error is of the model, and holds for every engine
             left_out.append(f"{name} ({str(error).split(':')[0]})")
             continue
@@ -67,7 +73,7 @@ def tokens_per_second(engine: Engine) -> float:
     return max(1, generation.counts.new_tokens) / seconds
 
 
-def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: int) -> Engine:
+def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: int, with_images: bool) -> Engine:
     absent = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
     if absent:
         raise ConfigError(
@@ -87,7 +93,7 @@ def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: i
             )
         from llama3v.engines.llamacpp import LlamaCppEngine
 
-        return LlamaCppEngine(model, conversations=conversations)
+        return LlamaCppEngine(model, conversations=conversations, with_images=with_images)
     if name == "mlx":
         from llama3v.engines.mlx import MlxEngine
 

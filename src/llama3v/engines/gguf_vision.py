@@ -53,6 +53,10 @@ class GgufVision:
         self.tokens_per_tile = (self.tile_size // patch // r) ** 2
         self.feature_shape = ((self.tile_size // patch) ** 2, width)
 
+    def open(self) -> None:
+        """Open what runs the tower, before the first image needs it."""
+        _ = self._runs
+
     def encode(self, tiles: Tiles) -> np.ndarray:
         """Tiles -> visual tokens float32 [tiles * tokens_per_tile, hidden]."""
         return self._runs.encode(tiles)

@@ -4,6 +4,7 @@ The prompt is ours (model/prompt.py) and the tiles are ours; llama.cpp only read
 gets exactly what it was trained with, which stock programs' own slicing and framing would not give it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ class LlamaCppEngine(CachedEngine):
         tower: engine of the vision tower (feature_cache/encoders); default: OpenVINO where it is installed, else torch.
         threads: default: the cores that this process may use.
         conversations: see Engine; each has a KV cache of `context_tokens` from the start.
+        with_images: there will be some, so the tower is opened beside the LLM; else the first image opens it.
 
     Raises CheckpointError for files that are absent, damaged or no pair, ConfigError where an extra is missing.
     """
@@ -46,14 +48,28 @@ class LlamaCppEngine(CachedEngine):
         tower: str | None = None,
         threads: int | None = None,
         conversations: int = 1,
+        with_images: bool = False,
     ) -> None:
         check_conversations(conversations)
         folder = Path(directory)
-        tokenizer = _tokenizer(folder / "tokenizer.json")
-        self.llm = Llama(
-            folder / LLM_FILE, context_tokens=context_tokens, kv=kv, threads=threads, sequences=conversations
-        )
         self.vision = vision = GgufVision(folder / VISION_FILE, tower)
+        with ThreadPoolExecutor(2, "open") as pool:  # both are other libraries' work, without Python's lock
+            llm = pool.submit(
+                Llama,
+                folder / LLM_FILE,
+                context_tokens=context_tokens,
+                kv=kv,
+                threads=threads,
+                sequences=conversations,
+            )
+            opened = pool.submit(vision.open) if with_images else None
+            tokenizer = _tokenizer(folder / "tokenizer.json")
+            renderer = Renderer(
+                tokenizer, vision.prompt_format, vision.tokens_per_tile, vision.image_token_id, own=True
+            )
+            self.llm = llm.result()
+            if opened is not None:
+                opened.result()
         if vision.hidden != self.llm.hidden:
             raise CheckpointError(
                 f"{folder}: {VISION_FILE} makes visual tokens of {vision.hidden} numbers, {LLM_FILE} takes "
@@ -61,7 +77,7 @@ class LlamaCppEngine(CachedEngine):
             )
         self._set_up(
             tokenizer,
-            Renderer(tokenizer, vision.prompt_format, vision.tokens_per_tile, vision.image_token_id),
+            renderer,
             [_LlamaReader(self.llm, sequence, vision.image_token_id) for sequence in range(conversations)],
             context_tokens=self.llm.context_tokens,
             tile_size=vision.tile_size,

@@ -31,17 +31,23 @@ def messages() -> Console:
 
 
 def open_engine(
-    model: str, runtime: "Runtime | None" = None, *, weights: "AnswerWeights" = "full", quiet: bool = False
+    model: str,
+    runtime: "Runtime | None" = None,
+    *,
+    weights: "AnswerWeights" = "full",
+    with_images: bool = False,
+    quiet: bool = False,
 ) -> Engine:
     """An engine that is opened (engines/choose.py), with a note on the terminal meanwhile, and what `auto` chose.
 
     Args:
+        with_images: some will follow.
         quiet: without the note, for who has a progress bar there already.
     """
     from llama3v.engines import choose
 
     with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
-        choice = choose.open_engine(model, runtime, weights=weights)
+        choice = choose.open_engine(model, runtime, weights=weights, with_images=with_images)
     if choice.reason:
         messages().print(escape(choice.reason))
     return choice.engine

@@ -133,11 +133,14 @@ class Renderer:
         format: "llama3" or "chatml" (see ``detect_format``).
         tokens_per_tile: visual tokens of one tile.
         image_token_id: the id that fills image slots; not an id of the tokenizer's text.
+        own: nobody else encodes with the tokenizer, so it need not be copied, which takes as long as reading it.
 
     Raises PromptError where the tokenizer lacks a control token, or ``image_token_id`` is another token's.
     """
 
-    def __init__(self, tokenizer: Any, format: str, tokens_per_tile: int, image_token_id: int) -> None:
+    def __init__(
+        self, tokenizer: Any, format: str, tokens_per_tile: int, image_token_id: int, *, own: bool = False
+    ) -> None:
         if format not in _FORMATS:
             raise PromptError(f"expected a prompt format out of {', '.join(_FORMATS)}, found {format!r}")
         if tokens_per_tile < 1:
@@ -153,7 +156,7 @@ class Renderer:
         self.tokens_per_tile = tokens_per_tile
         self.image_token_id = image_token_id
         self._form = _FORMATS[format]
-        self._plain, controls = _plain_copy(backend)
+        self._plain, controls = _plain(backend, own)
         self._forbidden = frozenset([*controls.values(), image_token_id])
         for name in self._form.control_names:
             if name not in controls:
@@ -263,25 +266,35 @@ def _backend_of(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-def _plain_copy(backend: Tokenizer) -> tuple[Tokenizer, dict[str, int]]:
-    """A private copy that reads no special token in text, and the ids of its control tokens by name.
+def _plain(backend: Tokenizer, own: bool) -> tuple[Tokenizer, dict[str, int]]:
+    """A tokenizer that reads no special token in text, and the ids of its control tokens by name.
 
-    A copy, because the switches (special parsing, truncation, padding) are state of the tokenizer: another
-    user of a shared one could flip them between two calls. A token written ``<|...|>`` counts as control even
-    where the file forgot to flag it special (converted ones do): the switch covers flagged tokens only.
+    A private copy unless it is our own, because the switches (special parsing, truncation, padding) are state of the
+    tokenizer: another user of a shared one could flip them between two calls.
     """
+    added = backend.get_added_tokens_decoder()
+    controls = {token.content: id for id, token in added.items() if token.special or _looks_like_control(token.content)}
+    if not all(added[id].special for id in controls.values()):
+        backend = _with_flags(backend)
+    elif not own:
+        backend = Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # "encode the names of special tokens as text"
+    return backend, controls
+
+
+def _looks_like_control(name: str) -> bool:
+    """A token written ``<|...|>`` counts as control even where the file forgot to flag it special (converted ones do)."""
+    return name == IMAGE_TOKEN or re.fullmatch(r"<\|.*\|>", name) is not None
+
+
+def _with_flags(backend: Tokenizer) -> Tokenizer:
+    """A copy in which all control tokens are flagged special: the switch covers flagged tokens only."""
     content = json.loads(backend.to_str())
-    controls = {}
     for token in content["added_tokens"]:
-        name = token["content"]
-        if token["special"] or name == IMAGE_TOKEN or re.fullmatch(r"<\|.*\|>", name):
-            token["special"] = True
-            controls[name] = token["id"]
-    copy = Tokenizer.from_str(json.dumps(content))
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True  # "encode the names of special tokens as text"
-    return copy, controls
+        token["special"] = token["special"] or _looks_like_control(token["content"])
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _check(turns: Sequence[Turn], grids: Sequence["Grid"], generate: bool) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that answer: `ask` here, `chat` and `caption` in files of their own."""
+"""`llama3v ask`: one question about images."""
 
 import json
 import time
@@ -9,14 +9,10 @@ from llama3v import __version__
 from llama3v.config import AskConfig
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
 from llama3v.engines.base import Engine
-from llama3v.engines.captions import caption
-from llama3v.engines.chat import chat
 from llama3v.engines.terminal import STDIN, at_detail, is_file, open_engine, read_picture, write, write_summary
 from llama3v.errors import ConfigError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key
-
-__all__ = ["ask", "caption", "chat"]
 
 
 def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
@@ -31,7 +27,7 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     names, question = _images_and_question(config.inputs)
     pictures = [read_picture(name) for name in names]  # before the model: a bad file is told at once
     started = time.perf_counter()
-    engine = engine or open_engine(config.model, config.engine, weights=config.weights)
+    engine = engine or open_engine(config.model, config.engine, weights=config.weights, with_images=bool(names))
     loaded = time.perf_counter()
     turns = [Turn("user", question, tuple(range(len(pictures))))]
     generation = engine.generate(
