@@ -17,10 +17,10 @@ from llama3v.cli import main
 from llama3v.config import AskConfig, CaptionConfig, ChatConfig
 from llama3v.data.sources.base import Sample
 from llama3v.data.sources.folder import FolderSource
-from llama3v.engines.torch import TorchEngine
 from llama3v.engines.ask import ask
 from llama3v.engines.captions import caption
 from llama3v.engines.chat import chat
+from llama3v.engines.torch import TorchEngine
 from llama3v.errors import ConfigError, DataError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import make_tiles

@@ -19,9 +19,9 @@ from PIL import Image
 
 from llama3v.config import AskConfig, ExportConfig
 from llama3v.engines import llama_api
+from llama3v.engines.ask import ask
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.torch import TorchEngine
-from llama3v.engines.ask import ask
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 from llama3v.exporters.gguf import _rope_factors
 from llama3v.exporters.quantise import type_of
@@ -181,6 +181,18 @@ def test_a_smaller_kv_cache_still_answers(exported, kv: str) -> None:
     turns, images = CONVERSATIONS["slices"]
     assert engine.answer(turns, images, max_new_tokens=8)
     assert engine.context_tokens == 256
+    engine.llm.close()
+
+
+def test_an_engine_with_room_for_one_question_answers_it_as_a_large_one_does(exported, engines) -> None:
+    from llama3v.engines.base import Room
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    turns, images = CONVERSATIONS["slices"]
+    text = "".join(turn.text for turn in turns)
+    engine = LlamaCppEngine(exported[0], kv="f32", tower="torch", room=Room(len(images), len(text.encode()), 12))
+    assert engine.context_tokens < engines[1].context_tokens
+    assert engine.answer(turns, images, max_new_tokens=12) == engines[1].answer(turns, images, max_new_tokens=12)
     engine.llm.close()
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from llama3v.config import AnswerWeights, AskConfig
-from llama3v.engines.torch import TorchEngine
 from llama3v.engines.ask import ask
+from llama3v.engines.torch import TorchEngine
 from llama3v.errors import ConfigError
 from llama3v.model.prompt import Turn
 

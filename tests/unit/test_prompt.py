@@ -256,3 +256,17 @@ def test_a_tokenizer_of_ones_own_renders_as_a_copy_does(
     renderer = Renderer(own, name, TOKENS_PER_TILE, IMAGE, own=True)
     assert renderer.render(*conversation) == RENDERERS[name].render(*conversation)
     assert renderer.stop_ids == RENDERERS[name].stop_ids
+
+
+@settings(max_examples=60)
+@given(text=texts, grids=st.lists(grids, max_size=3), new_tokens=st.integers(1, 300), name=st.sampled_from(FORMATS))
+def test_a_question_and_its_answer_fit_into_the_room_that_was_made_for_them(
+    text: str, grids: list[Grid], new_tokens: int, name: str
+) -> None:
+    from llama3v.engines.base import Room
+    from llama3v.engines.llamacpp import tokens_of
+
+    turns = [Turn("user", text, tuple(range(len(grids))))]
+    room = Room(len(grids), len(text.encode()), new_tokens)
+    most = tokens_of(room, max_tiles=9, tokens_per_tile=TOKENS_PER_TILE)
+    assert len(RENDERERS[name].render(turns, grids, generate=True).ids) + new_tokens <= most

@@ -8,7 +8,7 @@ from typing import Any
 from llama3v import __version__
 from llama3v.config import AskConfig
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
-from llama3v.engines.base import Engine
+from llama3v.engines.base import Engine, Room
 from llama3v.engines.terminal import STDIN, at_detail, is_file, open_engine, read_picture, write, write_summary
 from llama3v.errors import ConfigError
 from llama3v.model.prompt import Turn
@@ -27,7 +27,8 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     names, question = _images_and_question(config.inputs)
     pictures = [read_picture(name) for name in names]  # before the model: a bad file is told at once
     started = time.perf_counter()
-    engine = engine or open_engine(config.model, config.engine, weights=config.weights, with_images=bool(names))
+    room = Room(len(pictures), len(question.encode("utf-8", "replace")), config.max_new_tokens)
+    engine = engine or open_engine(config.model, config.engine, weights=config.weights, room=room)
     loaded = time.perf_counter()
     turns = [Turn("user", question, tuple(range(len(pictures))))]
     generation = engine.generate(

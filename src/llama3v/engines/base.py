@@ -40,6 +40,7 @@ __all__ = [
     "ImageFeatures",
     "Piece",
     "Question",
+    "Room",
     "Sampling",
     "Token",
 ]
@@ -58,6 +59,22 @@ EngineImage: TypeAlias = "bytes | Image.Image | ImageFeatures"
 
 Question: TypeAlias = tuple[Sequence[Turn], Sequence[EngineImage]]
 """Turns that end with the user's, and the images that they own, in order."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a conversation will hold at most, for who knows it before a model is opened: less memory is made ready.
+
+    Attributes:
+        images: where there are some, the vision tower is opened at once; else the first image opens it.
+        text_bytes: of all turns, in UTF-8.
+        new_tokens: of the answers.
+    """
+
+    images: int
+    text_bytes: int
+    new_tokens: int
+
 
 Finish: TypeAlias = Literal["stop", "length", "closed"]
 """Why an answer ended: the model or a stop text ended it, `max_new_tokens` were made, or it was closed."""

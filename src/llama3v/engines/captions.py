@@ -14,7 +14,7 @@ from llama3v import __version__
 from llama3v.config import CaptionConfig
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
-from llama3v.engines.base import BatchEngine
+from llama3v.engines.base import BatchEngine, Room
 from llama3v.engines.caption_files import (
     CaptionFile,
     images_of,
@@ -153,7 +153,7 @@ class _Job:
             self.config.model,
             self.config.engine,
             weights=self.config.weights,
-            with_images=True,
+            room=Room(1, len(self.config.prompt.encode("utf-8", "replace")), self.config.max_new_tokens),
             quiet=not self.progress.disable,
         )
         turns = [Turn("user", self.config.prompt, (0,))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama3v.config import AnswerWeights, Runtime
-from llama3v.engines.base import Engine
+from llama3v.engines.base import Engine, Room
 from llama3v.engines.llamacpp import is_gguf_pair
 from llama3v.errors import ConfigError
 from llama3v.model.prompt import Turn
@@ -31,24 +31,23 @@ def open_engine(
     *,
     weights: AnswerWeights = "full",
     conversations: int = 1,
-    with_images: bool = False,
+    room: Room | None = None,
 ) -> Choice:
     """The engine of a model directory, GGUF pair or hub name.
 
-    Args: see `Running` in config/run.py; conversations: see Engine; with_images: see LlamaCppEngine, others open all at
-    once.
+    Args: see `Running` in config/run.py; conversations: see Engine; room: see LlamaCppEngine, others do not need it.
 
     Raises CheckpointError, and ConfigError where an extra is missing or the engine cannot run this kind of model.
     """
     if runtime != "auto":
         default = "llamacpp" if is_gguf_pair(model) else "torch"
-        return Choice(_open(runtime or default, model, weights, conversations, with_images))
+        return Choice(_open(runtime or default, model, weights, conversations, room))
     best: Engine | None = None
     speeds: dict[str, float] = {}
     left_out = []
     for name in NEEDS:
         try:
-            engine = _open(name, model, weights, conversations, with_images)
+            engine = _open(name, model, weights, conversations, room)
         except ConfigError as error:  # another error is of the model, and holds for every engine
             left_out.append(f"{name} ({str(error).split(':')[0]})")
             continue
@@ -73,7 +72,7 @@ def tokens_per_second(engine: Engine) -> float:
     return max(1, generation.counts.new_tokens) / seconds
 
 
-def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: int, with_images: bool) -> Engine:
+def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: int, room: Room | None) -> Engine:
     absent = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
     if absent:
         raise ConfigError(
@@ -93,7 +92,7 @@ def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: i
             )
         from llama3v.engines.llamacpp import LlamaCppEngine
 
-        return LlamaCppEngine(model, conversations=conversations, with_images=with_images)
+        return LlamaCppEngine(model, conversations=conversations, room=room)
     if name == "mlx":
         from llama3v.engines.mlx import MlxEngine
 

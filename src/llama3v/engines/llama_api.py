@@ -23,6 +23,7 @@ from llama3v.errors import CheckpointError, ConfigError, PromptError
 VERSION = "2026.10.11549"
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """Type of the KV cache -> its number in ggml.h."""
+MOST_CONTEXT = 8192  # tokens, unless more is asked for
 _BATCH = 512  # tokens in one pass: its default for the physical batch
 
 
@@ -223,7 +224,7 @@ class Llama:
         self.vocabulary: int = self._lib.llama_vocab_n_tokens(self._vocabulary)
         self.hidden: int = self._lib.llama_model_n_embd(self._model)
         trained = self._lib.llama_model_n_ctx_train(self._model)
-        self.context_tokens = min(context_tokens or 8192, trained)
+        self.context_tokens = min(context_tokens or MOST_CONTEXT, trained)
         self._open_context(kv, threads or cores(), sequences)
 
     def _open_context(self, kv: str, threads: int, sequences: int) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from llama3v.engines.base import ImageFeatures
+from llama3v.engines.base import ImageFeatures, Room
 from llama3v.engines.cached import CachedEngine, check_conversations
 from llama3v.engines.gguf_vision import GgufVision
-from llama3v.engines.llama_api import Llama
+from llama3v.engines.llama_api import MOST_CONTEXT, Llama
 from llama3v.engines.prefix import Span
 from llama3v.errors import CheckpointError
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles
 
+_MARKS = 64  # tokens around the turns of a question, and more
 LLM_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 
 
@@ -32,7 +33,7 @@ class LlamaCppEngine(CachedEngine):
         tower: engine of the vision tower (feature_cache/encoders); default: OpenVINO where it is installed, else torch.
         threads: default: the cores that this process may use.
         conversations: see Engine; each has a KV cache of `context_tokens` from the start.
-        with_images: there will be some, so the tower is opened beside the LLM; else the first image opens it.
+        room: for all that a conversation will hold; default: `context_tokens`, and the first image opens the tower.
 
     Raises CheckpointError for files that are absent, damaged or no pair, ConfigError where an extra is missing.
     """
@@ -48,21 +49,22 @@ class LlamaCppEngine(CachedEngine):
         tower: str | None = None,
         threads: int | None = None,
         conversations: int = 1,
-        with_images: bool = False,
+        room: Room | None = None,
     ) -> None:
         check_conversations(conversations)
         folder = Path(directory)
         self.vision = vision = GgufVision(folder / VISION_FILE, tower)
+        places = room and tokens_of(room, max_tiles=vision.max_tiles, tokens_per_tile=vision.tokens_per_tile)
         with ThreadPoolExecutor(2, "open") as pool:  # both are other libraries' work, without Python's lock
             llm = pool.submit(
                 Llama,
                 folder / LLM_FILE,
-                context_tokens=context_tokens,
+                context_tokens=context_tokens or places,
                 kv=kv,
                 threads=threads,
                 sequences=conversations,
             )
-            opened = pool.submit(vision.open) if with_images else None
+            opened = pool.submit(vision.open) if room is not None and room.images else None
             tokenizer = _tokenizer(folder / "tokenizer.json")
             renderer = Renderer(
                 tokenizer, vision.prompt_format, vision.tokens_per_tile, vision.image_token_id, own=True
@@ -118,6 +120,13 @@ class _LlamaReader:
 
     def forget(self, keep: int) -> None:
         self._llm.forget(keep, sequence=self._sequence)
+
+
+def tokens_of(room: Room, *, max_tiles: int, tokens_per_tile: int) -> int:
+    """Places in a KV cache that hold it; making 8192 ready takes as long as loading an LLM of 100 million weights."""
+    image = (1 + max_tiles) * (tokens_per_tile + 2)  # a tile has a mark after it
+    text = 3 * room.text_bytes  # a byte makes one token at most, and Unicode's NFC makes 3 bytes of one at most
+    return min(room.images * image + text + room.new_tokens + _MARKS, MOST_CONTEXT)
 
 
 def is_gguf_pair(name: str | Path) -> bool:

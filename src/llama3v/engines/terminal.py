@@ -11,7 +11,7 @@ from unicodedata import category
 from rich.console import Console
 from rich.markup import escape
 
-from llama3v.engines.base import BatchEngine, Engine, EngineImage
+from llama3v.engines.base import BatchEngine, Engine, EngineImage, Room
 from llama3v.errors import ImageError
 from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_file
 
@@ -35,19 +35,19 @@ def open_engine(
     runtime: "Runtime | None" = None,
     *,
     weights: "AnswerWeights" = "full",
-    with_images: bool = False,
+    room: Room | None = None,
     quiet: bool = False,
 ) -> Engine:
     """An engine that is opened (engines/choose.py), with a note on the terminal meanwhile, and what `auto` chose.
 
     Args:
-        with_images: some will follow.
+        room: for all that a conversation will hold.
         quiet: without the note, for who has a progress bar there already.
     """
     from llama3v.engines import choose
 
     with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
-        choice = choose.open_engine(model, runtime, weights=weights, with_images=with_images)
+        choice = choose.open_engine(model, runtime, weights=weights, room=room)
     if choice.reason:
         messages().print(escape(choice.reason))
     return choice.engine
