@@ -33,7 +33,7 @@ class LlamaCppEngine(CachedEngine):
         tower: engine of the vision tower (feature_cache/encoders); default: OpenVINO where it is installed, else torch.
         threads: default: the cores that this process may use.
         conversations: see Engine; each has a KV cache of `context_tokens` from the start.
-        room: for all that a conversation will hold; default: `context_tokens`, and the first image opens the tower.
+        room: for all that a conversation will hold, instead of `context_tokens`; without, the first image opens the tower.
 
     Raises CheckpointError for files that are absent, damaged or no pair, ConfigError where an extra is missing.
     """
@@ -54,12 +54,13 @@ class LlamaCppEngine(CachedEngine):
         check_conversations(conversations)
         folder = Path(directory)
         self.vision = vision = GgufVision(folder / VISION_FILE, tower)
-        places = room and tokens_of(room, max_tiles=vision.max_tiles, tokens_per_tile=vision.tokens_per_tile)
+        tiles = {"max_tiles": vision.max_tiles, "tokens_per_tile": vision.tokens_per_tile}
+        places = context_tokens if room is None else tokens_of(room, **tiles)
         with ThreadPoolExecutor(2, "open") as pool:  # both are other libraries' work, without Python's lock
             llm = pool.submit(
                 Llama,
                 folder / LLM_FILE,
-                context_tokens=context_tokens or places,
+                context_tokens=places,
                 kv=kv,
                 threads=threads,
                 sequences=conversations,
