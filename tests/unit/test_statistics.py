@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from llama3v.evaluate.statistics import bootstrap, compare, mcnemar, sign_flip
+from llama3v.evaluate.statistics import bootstrap, compare, mcnemar, sign_flip, unanimous
 
 
 def mean(sums):
@@ -29,6 +29,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         interval = bootstrap([(float(one), 1.0) for one in draw], mean, resamples=500)
         covered += interval.low <= 0.3 <= interval.high
     assert 0.90 <= covered / len(draws) <= 0.985
+
+
+def test_no_right_answer_among_a_few_leaves_room_for_some() -> None:
+    none = unanimous(0.0, 1.0, 40)
+    assert (none.low, none.high) == (0.0, pytest.approx(0.0881, abs=1e-4))  # Clopper-Pearson, 0 of 40
+    assert (1 - none.high) ** 40 == pytest.approx(0.025)
+    every = unanimous(1.0, 1.0, 40)
+    assert (every.low, every.high) == (pytest.approx(1 - none.high), 1.0)
+    assert unanimous(0.0, 1.0, 1).high == pytest.approx(0.975)
 
 
 def test_equal_answers_within_a_cluster_widen_the_interval_by_the_root_of_its_size() -> None:

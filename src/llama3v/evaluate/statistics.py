@@ -59,6 +59,17 @@ def bootstrap(
     return Interval(float(value(sums.sum(axis=0))), float(low), float(high))
 
 
+def unanimous(value: float, most: float, clusters: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """The interval of a mean score in [0, most] where every score is 0, or every score is `most`.
+
+    Draws from equal scores are equal, so the bootstrap would claim to be certain. A score that differs may still have
+    a chance of up to 1 - ((1 - confidence) / 2) ** (1 / clusters): the exact bound of Clopper and Pearson (1934), for
+    independent clusters.
+    """
+    slack = most * (1 - ((1 - confidence) / 2) ** (1 / clusters))
+    return Interval(value, max(0.0, value - slack), min(most, value + slack))
+
+
 def compare(
     first: Sequence[float],
     second: Sequence[float],

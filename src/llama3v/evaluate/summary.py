@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, unparsed_share
-from llama3v.evaluate.statistics import Comparison, Interval, bootstrap, compare
+from llama3v.evaluate.statistics import Comparison, Interval, bootstrap, compare, unanimous
 from llama3v.evaluate.tasks.base import Figure, Task
 
 
@@ -83,7 +83,12 @@ def _of(task: Task, records: Sequence[AnswerRecord], condition: str) -> list[Ans
 
 def _interval(figure: Figure, records: Sequence[AnswerRecord]) -> Interval:
     tallies = [figure.tallies(record) for record in records]
-    return bootstrap(tallies, figure.value, [_cluster(record) for record in records])
+    clusters = [_cluster(record) for record in records]
+    found = bootstrap(tallies, figure.value, clusters)
+    if figure.most is None or found.low != found.high or found.value not in (0.0, figure.most):
+        return found
+    counted = {cluster for cluster, (_, count) in zip(clusters, tallies, strict=True) if count}
+    return unanimous(found.value, figure.most, len(counted)) if counted else found
 
 
 def _cluster(record: AnswerRecord) -> tuple[str, str]:

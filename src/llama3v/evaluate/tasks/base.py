@@ -55,11 +55,13 @@ class Figure:
     """A figure of many answers: `value` of the sums of what each answer adds.
 
     Written like this, an accuracy, an F1 and the accuracy of one half can all be resampled for their interval.
+    `most` is the largest score where the figure is a mean of scores from 0 on, else None.
     """
 
     name: str
     tallies: Tallies
     value: Callable[[Array], Array]  # [..., k] sums -> [...]
+    most: float | None = None
 
 
 def share(sums: Array) -> Array:
@@ -67,9 +69,9 @@ def share(sums: Array) -> Array:
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] != 0)
 
 
-def mean_score(name: str, among: Callable[[AnswerRecord], bool] = lambda record: True) -> Figure:
-    """The mean score of the answers that `among` picks."""
-    return Figure(name, lambda record: (record.score, 1.0) if among(record) else (0.0, 0.0), share)
+def mean_score(name: str, among: Callable[[AnswerRecord], bool] = lambda record: True, *, most: float = 1.0) -> Figure:
+    """The mean score of the answers that `among` picks; `most` is the largest one."""
+    return Figure(name, lambda record: (record.score, 1.0) if among(record) else (0.0, 0.0), share, most)
 
 
 class Task(ABC):

@@ -96,7 +96,7 @@ class Captions(Task):
         return float(scorer.calc_score([split_words(parsed)], [split_words(one) for one in sample.references]))
 
     def figures(self) -> tuple[Figure, ...]:
-        return (mean_score("CIDEr"),)
+        return (mean_score("CIDEr", most=10.0),)
 
     def settle(self, records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
         scores = score_captions([record.answer for record in records], [record.references for record in records])
