@@ -6,10 +6,15 @@ They have the shapes of the real thing at a size that loads in milliseconds; not
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Before torch is there. Test processes share the cores, and on models this small threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +36,18 @@ SENTENCES = (
     "Describe the image. A photograph of a dog that runs over the grass.",
     "user assistant system",
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A process per core and at most four; none where single files are named, and for slow tests, which fill all cores.
+
+    PYTEST_XDIST_AUTO_NUM_WORKERS or -n gives another number; -n0 runs all tests in pytest's own process.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    if config.option.markexpr != "not slow" or all(Path(name.split("::")[0]).is_file() for name in config.args):
+        return 0
+    return min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
