@@ -22,7 +22,7 @@ from llama3v.feature_cache.commit import CRASH_VARIABLE
 
 STEPS = 10
 KILLED = -signal.SIGKILL
-PATIENCE = 8.0
+PATIENCE = 20.0  # seconds; on an idle machine all faults show within two
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +169,14 @@ def test_a_killed_rank_ends_the_others_at_once_and_the_run_resumes_bit_equal(tmp
 
 
 def test_a_hung_rank_is_noticed_within_the_time_limit(tmp_path, prepared):
-    options = options_of(prepared, tmp_path / "out", parallel="ddp", rank_timeout=3.0)
+    options = options_of(prepared, tmp_path / "out", parallel="ddp", rank_timeout=5.0)
     processes = disturb(options, 4, 1, signal.SIGSTOP)
     stopped = time.monotonic()
     try:
         processes[0].join(60)
         assert processes[0].exitcode == 2
-        assert time.monotonic() - stopped < 3 + 10
-        assert "process 1 of 2 is dead or hangs: no answer within 3 s" in log_of(options).read_text()
+        assert time.monotonic() - stopped < 5 + 20
+        assert "process 1 of 2 is dead or hangs: no answer within 5 s" in log_of(options).read_text()
     finally:
         processes[1].kill()
         processes[1].join()

@@ -28,8 +28,10 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.02
 LAST_WORD_SECONDS = 3.0
-"""How long ranks that lost one another wait for each other's last word, to tell who is missing; and rank 0 for the others
-to leave."""
+"""How long ranks that lost one another wait for each other's last word, to tell who is missing."""
+
+LEAVE_SECONDS = 30.0
+"""How long rank 0 waits at the end of a run for the others, at most; on a busy machine one may be seconds behind."""
 
 
 @dataclass
@@ -124,7 +126,7 @@ class Ranks:
         """After the run's last collective. Rank 0 goes last: without torchrun the store lies in it."""
         if self.alone:
             return
-        left, deadline = self.store.add("left", 1), time.monotonic() + LAST_WORD_SECONDS
+        left, deadline = self.store.add("left", 1), time.monotonic() + min(self.patience, LEAVE_SECONDS)
         while self.is_main and left < self.count and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
             left = self.store.add("left", 0)
