@@ -42,6 +42,13 @@ class Running:
         messages = more.pop("messages", [{"role": "user", "content": content}])
         return self.http.post("/v1/chat/completions", json={"messages": messages, **more})
 
+    def queued(self, count: int, seconds: float = 20.0) -> None:
+        """Wait until so many requests wait for a worker."""
+        end = time.monotonic() + seconds
+        while self.gateway.scheduler.waiting < count:
+            assert time.monotonic() < end, f"only {self.gateway.scheduler.waiting} of {count} requests wait"
+            time.sleep(0.005)
+
     def idle(self, seconds: float = 10.0) -> bool:
         """Whether nothing is in work or held, soon."""
         end = time.monotonic() + seconds

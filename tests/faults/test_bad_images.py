@@ -112,10 +112,10 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_huge_picture_is_refused_by_its_header_in_milliseconds(name):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ImageError) as refusal:
         decode_image(HUGE[name])
-    assert time.perf_counter() - started < 0.5  # milliseconds on an idle machine
+    assert time.process_time() - started < 0.5  # milliseconds; other work on the machine does not count
     assert "\n" not in str(refusal.value)
 
 
@@ -294,11 +294,11 @@ LOADED = {
 
 @pytest.mark.parametrize("name", LOADED)
 def test_a_file_loaded_with_metadata_is_read_or_refused_quickly(name):
-    started = time.perf_counter()
+    started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = outcome(LOADED[name])
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     if isinstance(result, str):
         assert "\n" not in result
         assert len(result) < 400

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ def steps(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> "Steps":
 
 
 class Steps:
-    """Seconds that each step takes, and how many there were."""
+    """Seconds that each step takes, and how many there were; they can be held, until all who shall ask have asked."""
 
     def __init__(self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._free = threading.Event()
+        self._free.set()
         self.seconds = {"vision": 0.0, "read": 0.0}
         self.count = {"vision": 0, "read": 0}
         for kind, owner, name in (
@@ -48,10 +50,19 @@ class Steps:
     def _slowed(self, kind: str, work: Any) -> Any:
         def step(*arguments: Any) -> Any:
             self.count[kind] += 1
+            self._free.wait(30)
             time.sleep(self.seconds[kind])
             return work(*arguments)
 
         return step
+
+    def hold(self) -> None:
+        """From now on no step is taken."""
+        self._free.clear()
+
+    def go_on(self) -> None:
+        """Steps are taken again."""
+        self._free.set()
 
     def reached(self, kind: str, count: int) -> None:
         end = time.monotonic() + 20
@@ -86,12 +97,14 @@ def test_who_leaves_frees_its_place_and_the_neighbours_answer_stays_the_same(
         neighbour = pool.submit(server.chat, "Hello", max_tokens=16)
         steps.reached("read", 2)
         steps.count = {"vision": 0, "read": 0}
+        if phase == "queued":
+            steps.hold()
         others = [pool.submit(server.chat, "Hello", max_tokens=2) for _ in range(3)] if phase == "queued" else []
         content = [image_part(data), text_part(QUESTION)]
         with asking(server, content, max_tokens=200, stream=stream):
             if phase == "queued":
-                while server.gateway.scheduler.waiting < 3:  # one of the four has the second worker
-                    time.sleep(0.005)
+                server.queued(3)  # one of the four has the second worker
+                steps.go_on()
             else:
                 steps.reached("vision", {"vision": 2, "prefill": 5, "decode": 5}[phase])
                 steps.reached("read", {"vision": 0, "prefill": 2, "decode": 8}[phase])
@@ -126,9 +139,12 @@ def test_concurrent_answers_are_those_given_alone(engine: TorchEngine) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(engine: TorchEngine, steps: Steps) -> None:
-    steps.seconds["read"] = 0.02
+    steps.hold()
     with running(engine, queue=4) as server, ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: server.chat("Hello", max_tokens=4), range(16)))
+        asked = [pool.submit(server.chat, "Hello", max_tokens=4) for _ in range(16)]
+        wait(asked, timeout=30, return_when=FIRST_COMPLETED)
+        steps.go_on()
+        answers = [answer.result(30) for answer in asked]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused
         assert len(refused) < 16
@@ -142,7 +158,8 @@ def test_a_full_queue_says_when_to_come_again(engine: TorchEngine, steps: Steps)
 def test_one_client_cannot_keep_another_waiting(engine: TorchEngine, steps: Steps) -> None:
     """The second one is served in turns with the first, whose many requests came before."""
     keys = [Key(name=name, sha256=digest_of(name)) for name in ("many", "one")]
-    steps.seconds["read"] = 0.01
+    steps.seconds["read"] = 0.02
+    steps.hold()
     order: list[str] = []
     with running(engine, keys=keys) as server, ThreadPoolExecutor(16) as pool:
 
@@ -153,9 +170,11 @@ def test_one_client_cannot_keep_another_waiting(engine: TorchEngine, steps: Step
             order.append(name)
 
         waiting = [pool.submit(ask, "many") for _ in range(12)]
-        while server.gateway.scheduler.waiting < 9:
-            time.sleep(0.005)
-        pool.submit(ask, "one").result(30)
+        server.queued(10)  # and two are in work
+        last = pool.submit(ask, "one")
+        server.queued(11)
+        steps.go_on()
+        last.result(30)
         assert order.index("one") < 6
         assert all(future.result(30) is None for future in waiting)
 
@@ -171,7 +190,7 @@ def test_a_slow_reader_holds_nobody_up(engine: TorchEngine) -> None:
 
 def test_a_request_past_its_deadline_is_stopped(engine: TorchEngine, steps: Steps) -> None:
     steps.seconds["read"] = 0.05
-    with running(engine, deadline_seconds=0.5, max_new_tokens=200) as server:
+    with running(engine, deadline_seconds=1.0, max_new_tokens=200) as server:
         answer = server.chat("Hello", max_tokens=200)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "stream": True}

@@ -286,17 +286,17 @@ def test_a_name_that_was_made_to_point_here_is_refused(server: Running) -> None:
 
 
 def test_a_body_that_drips_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(body, "BODY_SECONDS", 1.0)
     with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as raw:
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         raw.sendall(b"Content-Length: 100\r\n\r\n")
         started = time.monotonic()
-        raw.settimeout(5)
+        raw.settimeout(10)
         for _ in range(4):
             raw.sendall(b" ")
             time.sleep(0.05)
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10  # of 60, the test's time limit
 
 
 def test_small_files_of_huge_pictures_take_bounded_memory(server: Running) -> None:
