@@ -50,7 +50,7 @@ class Steps:
     def _slowed(self, kind: str, work: Any) -> Any:
         def step(*arguments: Any) -> Any:
             self.count[kind] += 1
-            self._free.wait(30)
+            assert self._free.wait(60)
             time.sleep(self.seconds[kind])
             return work(*arguments)
 
@@ -139,8 +139,8 @@ def test_concurrent_answers_are_those_given_alone(engine: TorchEngine) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(engine: TorchEngine, steps: Steps) -> None:
-    steps.hold()
     with running(engine, queue=4) as server, ThreadPoolExecutor(16) as pool:
+        steps.hold()
         asked = [pool.submit(server.chat, "Hello", max_tokens=4) for _ in range(16)]
         wait(asked, timeout=30, return_when=FIRST_COMPLETED)
         steps.go_on()
@@ -159,9 +159,9 @@ def test_one_client_cannot_keep_another_waiting(engine: TorchEngine, steps: Step
     """The second one is served in turns with the first, whose many requests came before."""
     keys = [Key(name=name, sha256=digest_of(name)) for name in ("many", "one")]
     steps.seconds["read"] = 0.02
-    steps.hold()
     order: list[str] = []
     with running(engine, keys=keys) as server, ThreadPoolExecutor(16) as pool:
+        steps.hold()
 
         def ask(name: str) -> None:
             body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
