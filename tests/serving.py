@@ -16,10 +16,9 @@ import uvicorn
 from PIL import Image
 
 from llama3v.config import ServeConfig
-from llama3v.server.app import create_app
 from llama3v.server.gateway import Gateway
 from llama3v.server.keys import Key
-from llama3v.server.verb import open_gateway
+from llama3v.server.verb import http_settings, open_gateway
 
 DEFAULTS = ServeConfig(model="tiny", max_new_tokens=64, vision_cache_mb=8, deadline_seconds=60, drain_seconds=5)
 
@@ -66,7 +65,7 @@ def running(engine: Any, keys: list[Key] | None = None, **options: Any) -> Itera
     gateway = open_gateway(replace(DEFAULTS, **options), keys or [], engine)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(gateway), log_level="error", ws="none"))
+    server = uvicorn.Server(http_settings(gateway))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:

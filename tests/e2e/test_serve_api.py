@@ -12,6 +12,18 @@ pytest.importorskip("fastapi", reason="needs the extra llama3v[serve]")
 
 from llama3v.engines.torch import TorchEngine
 from llama3v.model.prompt import Turn
+from llama3v.server.response_schema import (
+    ChatChunk,
+    ChatCompletion,
+    Error,
+    Health,
+    ModelCard,
+    ModelList,
+    Ready,
+    TextChunk,
+    TextCompletion,
+    Tokens,
+)
 from tests.serving import Running, data_url, image_part, png, running, text_part
 
 QUESTION = "What is on the table?"
@@ -144,6 +156,66 @@ def test_plain_completions_answer_each_prompt(engine, client) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1]
     stream = client.completions.create(model="tiny", prompt="Hello", max_tokens=12, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == alone(engine, "Hello", tokens=12)
+
+
+def test_an_answer_obeys_the_schema_that_the_client_sends(client, server: Running) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "things", "schema": schema, "strict": True}}
+    content = [image_part(png(9)), text_part("What do you see?")]
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": content}], "response_format": form}
+    answer = client.chat.completions.create(**asked, n=3, temperature=1.0, seed=1)
+    found = [json.loads(choice.message.content) for choice in answer.choices]
+    assert all(set(thing) == {"colour", "count"} for thing in found)
+    assert all(thing["colour"] in ("red", "blue") and 0 <= thing["count"] <= 9 for thing in found)
+    assert [choice.finish_reason for choice in answer.choices] == ["stop"] * 3
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    stream = client.chat.completions.create(**asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+    free = server.chat("Hello", response_format={"type": "json_object"}, max_tokens=12).json()
+    assert free["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_every_response_is_as_the_document_says(server: Running) -> None:
+    kinds = {"/v1/models": ModelList, "/v1/models/tiny": ModelCard, "/health": Health, "/ready": Ready}
+    for path, kind in kinds.items():
+        kind.model_validate_json(server.http.get(path).content)
+    messages = {"messages": [{"role": "user", "content": [image_part(png()), text_part(QUESTION)]}], "max_tokens": 4}
+    asked = {
+        "/v1/chat/completions": ({**messages, "logprobs": True, "top_logprobs": 2}, ChatCompletion, ChatChunk),
+        "/v1/completions": ({"prompt": "Hello", "max_tokens": 4}, TextCompletion, TextChunk),
+    }
+    for path, (body, whole, chunk) in asked.items():
+        whole.model_validate_json(server.http.post(path, json=body).content)
+        stream = server.http.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}})
+        lines = [line.removeprefix("data: ") for line in stream.text.splitlines() if line]
+        assert lines[-1] == "[DONE]"
+        assert [chunk.model_validate_json(line) for line in lines[:-1]][-1].usage is not None
+    Tokens.model_validate_json(server.http.post("/tokenize", json={"prompt": "Hello"}).content)
+    Error.model_validate_json(server.http.get("/nothing").content)
+
+
+def test_what_the_document_gives_as_examples_is_answered(server: Running) -> None:
+    document = server.http.get("/openapi.json").json()
+    tried = 0
+    for path, operations in document["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            assert server.http.post(path, json=example["value"]).status_code == 200
+            tried += 1
+    assert tried > 5
+
+
+def test_fields_at_the_values_that_change_nothing_are_taken(server: Running) -> None:
+    """Clients send their defaults."""
+    plain = server.chat("Hello", max_tokens=4).json()["choices"]
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "modalities": ["text"]}
+    assert server.chat("Hello", max_tokens=4, response_format={"type": "text"}, **neutral).json()["choices"] == plain
 
 
 def test_the_openai_clients_errors_are_of_their_kinds(client) -> None:

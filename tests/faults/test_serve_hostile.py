@@ -152,6 +152,14 @@ def test_solid_pictures_of_turned_sizes_do_not_share_what_is_known_of_them(serve
     assert server.gateway.model.vision_cache.misses == misses + 2
 
 
+def in_form(form: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Hi"}], "response_format": form}
+
+
+def of_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 BAD_BODIES: dict[str, Any] = {
     "no messages": {"messages": []},
     "messages missing": {},
@@ -177,6 +185,17 @@ BAD_BODIES: dict[str, Any] = {
     "stream as text": {"messages": [{"role": "user", "content": "Hi"}], "stream": "yes"},
     "alternatives without odds": {"messages": [{"role": "user", "content": "Hi"}], "top_logprobs": 3},
     "a schema": {"messages": [{"role": "user", "content": "Hi"}], "response_format": {"type": "json_schema"}},
+    "a schema without a name": in_form({"type": "json_schema", "json_schema": {"schema": {}}}),
+    "a schema of another place": in_form(of_schema({"$ref": "http://169.254.169.254/latest"})),
+    "a schema that nothing obeys": in_form(of_schema({"type": "banana"})),
+    "a huge enum": in_form(of_schema({"enum": [f"value {number}" for number in range(50_000)]})),
+    "a schema that takes minutes": in_form(
+        of_schema({"allOf": [{"pattern": f".*{n}.*[a-z]{{5}}"} for n in range(20)]})
+    ),
+    "a schema that takes the stack": in_form(
+        of_schema({"$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(1400)}, "$ref": "#/$defs/0"})
+    ),
+    "a form that is not there": in_form({"type": "grammar", "grammar": "root ::= root"}),
     "a penalty": {"messages": [{"role": "user", "content": "Hi"}], "presence_penalty": 1.5},
     "10,000 images": {"messages": [{"role": "user", "content": [image_part(b"x")] * 10_000}]},
     "five images": {"messages": [{"role": "user", "content": [image_part(b"x")] * 5}]},

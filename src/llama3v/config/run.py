@@ -38,6 +38,8 @@ class Sampling:
     """The answer ends before the first of these texts."""
     logprobs: Annotated[int | None, Suppress] = None
     """For programs: log-probabilities of each token and of this many alternatives; None: none."""
+    json_schema: Annotated[str | None, Suppress] = None
+    """For programs: the answer is JSON that obeys this schema, unless it is cut off by its length; None: any text."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -242,6 +244,8 @@ class ServeConfig(Running):
     """Answers in work at the same time; each has a KV cache of its own."""
     queue: int = 64
     """Requests that may wait; more are refused with status 429."""
+    max_connections: int = 512
+    """Connections that may be open; one more closes the one that has waited longest without a request."""
     deadline_seconds: float = 300.0
     """A request that takes longer, waiting included, is stopped."""
     drain_seconds: float = 30.0
@@ -280,6 +284,7 @@ class ServeConfig(Running):
         for name in (
             "parallel",
             "queue",
+            "max_connections",
             "max_new_tokens",
             "max_choices",
             "max_images",

@@ -7,7 +7,7 @@ What a server may rely on:
   to the rounding of a batch. The model itself runs one step at a time, in turns of one token or one part of a prompt.
 - **Refusals come first.** Whatever is wrong with a request (turns, images, the context) raises in the call of
   `generate`, before any vision or LLM work and before any output. The images are decoded there too. What raises later,
-  while reading, is a CheckpointError: a damaged model.
+  while reading, is a CheckpointError: a damaged model; or a PromptError: a JSON schema that is too complex further on.
 - **Cancelling.** `Generation.close` may be called from any thread, at any time, more than once. The work ends within one
   step: a token, a part of a prompt (`engines/prefix.py: PART_TOKENS`), or an image in the vision tower. The next read
   ends the iteration and `finish` is "closed". Others are not touched. A Generation that is dropped unread costs nothing.

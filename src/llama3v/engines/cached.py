@@ -11,6 +11,7 @@ from PIL import Image
 from llama3v.config import Sampling
 from llama3v.engines.base import EngineImage, ImageFeatures, Question
 from llama3v.engines.generation import CachedGeneration
+from llama3v.engines.grammar import Grammars
 from llama3v.engines.prefix import Caches, Prompt, Reader, SeenImage
 from llama3v.engines.turns import FairLock
 from llama3v.errors import ConfigError, PromptError
@@ -43,6 +44,7 @@ class CachedEngine(ABC):
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.context_tokens = context_tokens
+        self._grammars = Grammars(tokenizer, renderer.stop_ids)
         self.conversations = len(readers)
         self._caches = Caches(readers)
         self.tile_size, self._max_tiles, self._feature_shape = tile_size, max_tiles, feature_shape
@@ -77,6 +79,8 @@ class CachedEngine(ABC):
     ) -> CachedGeneration:
         """See Engine."""
         prompt = self._prompt(turns, images, max_new_tokens)
+        sampling = sampling or Sampling()
+        grammar = None if sampling.json_schema is None else self._grammars.start(sampling.json_schema)
         return CachedGeneration(
             self._caches,
             prompt,
@@ -84,7 +88,8 @@ class CachedEngine(ABC):
             self.renderer.stop_ids,
             self.renderer.image_token_id,
             max_new_tokens,
-            sampling or Sampling(),
+            sampling,
+            grammar,
         )
 
     def stream(

@@ -10,6 +10,7 @@ import numpy as np
 from llama3v.config import Sampling
 from llama3v.engines.base import Counts, Finish, Piece, Token
 from llama3v.engines.detokenizer import Detokenizer
+from llama3v.engines.grammar import Grammar
 from llama3v.engines.prefix import Caches, Prompt
 from llama3v.engines.sampling import Sampler, logprobs
 from llama3v.engines.stops import StopFinder
@@ -24,6 +25,7 @@ class CachedGeneration:
 
     Args:
         vocabulary: ids from here on are never answered (the image token, and reserved ones).
+        grammar: what the answer obeys.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class CachedGeneration:
         vocabulary: int,
         max_new_tokens: int,
         sampling: Sampling,
+        grammar: Grammar | None = None,
     ) -> None:
         self.counts = Counts(prompt_tokens=len(prompt.ids), visual_tokens=prompt.visual_count)
         self.finish: Finish | None = None
@@ -45,6 +48,7 @@ class CachedGeneration:
         self._vocabulary = vocabulary
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
+        self._grammar = grammar
         self._closed = threading.Event()
         self._pieces = self._run()
 
@@ -98,7 +102,7 @@ class CachedGeneration:
             raise _Closed
 
     def _decode(self, owner: object, logits: np.ndarray) -> Iterator[Piece]:
-        sampler = Sampler(self._sampling, self._prompt.ids)
+        sampler = Sampler(self._sampling, self._prompt.ids, self._grammar)
         detokenizer, stops = Detokenizer(self._tokenizer), StopFinder(self._sampling.stop)
         tokens: list[Token] = []  # since the last piece
         finish: Finish = "length"

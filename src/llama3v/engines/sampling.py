@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from llama3v.config import Sampling
+from llama3v.engines.grammar import Grammar
 
 _FEW = 1024  # sorting 128k tokens takes 10 ms, finding the largest ones 1 ms; top-p rarely needs more of them
 
@@ -17,16 +18,20 @@ class Sampler:
 
     Args:
         prompt: ids of the prompt's tokens; with those chosen here, what the repetition penalty counts as repeated.
+        grammar: says which tokens may be chosen; default: all.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Iterable[int] = (), grammar: Grammar | None = None) -> None:
         self.sampling = sampling
+        self._grammar = grammar
         self._random = np.random.default_rng(sampling.seed)
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token out of logits float [vocabulary]."""
+        """The next token out of logits float [vocabulary]. Raises PromptError as Grammar.allowed does."""
         sampling = self.sampling
+        if self._grammar is not None:
+            logits = self._grammar.allowed(logits)
         if sampling.repetition_penalty != 1:
             logits = penalised(logits, self._seen, sampling.repetition_penalty)
         if sampling.temperature == 0:
@@ -36,6 +41,8 @@ class Sampler:
             token = int(self._random.choice(tokens, p=odds))
         if sampling.repetition_penalty != 1:
             self._seen.add(token)
+        if self._grammar is not None:
+            self._grammar.push(token)
         return token
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llama3v
 from llama3v.server import gateway as requests
 from llama3v.server.body import ClientGone, read_body, until_gone
+from llama3v.server.document import documented, openapi, refusals
 from llama3v.server.errors import ApiError, internal_error, refused
 from llama3v.server.gateway import Gateway
+from llama3v.server.response_schema import Health, ModelCard, ModelList, Ready
 from llama3v.server.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from llama3v.server.settings import is_loopback
 
@@ -31,8 +31,6 @@ _PAGE = {"page.css": "text/css", "pico.min.css": "text/css", "page.js": "text/ja
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json", *(f"/page/{name}" for name in _PAGE))
 """What needs no key: the page, which asks for one, and whether the server lives."""
 
-_REQUESTS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/tokenize": TokenizeRequest}
-
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The application of a gateway. What it opens it closes when the server ends."""
@@ -43,6 +41,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         gateway.ready = False
         await asyncio.to_thread(gateway.scheduler.close)
         await gateway.pictures.close()
+        gateway.formats.close()
         await asyncio.to_thread(gateway.model.vision_cache.close)
 
     app = FastAPI(
@@ -53,7 +52,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi(app, gateway, OPEN_PATHS)  # type: ignore[method-assign]
     app.add_middleware(Doorkeeper, gateway=gateway)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -78,42 +77,47 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_answers(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/chat/completions", **_documented(ChatRequest, "An answer to messages, whole or as a stream."))
+    @app.post("/v1/chat/completions", **documented(ChatRequest, "An answer to messages, whole or as a stream."))
     async def chat(request: Request) -> Response:
         return await requests.chat(gateway, request)
 
-    @app.post("/v1/completions", **_documented(CompletionRequest, "Each prompt answered as one user's turn."))
+    @app.post("/v1/completions", **documented(CompletionRequest, "Each prompt answered as one user's turn."))
     async def complete(request: Request) -> Response:
         return await requests.complete(gateway, request)
 
-    @app.post("/tokenize", **_documented(TokenizeRequest, "The ids of a text, or of messages as the model reads them."))
+    @app.post("/tokenize", **documented(TokenizeRequest, "The ids of a text, or of messages as the model reads them."))
     async def tokenize(request: Request) -> Response:
         return JSONResponse(await _tokenize(gateway, request))
 
 
 def _add_state(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", responses=refusals())
+    async def models() -> ModelList:
         """The one model that is served."""
-        return {"object": "list", "data": [_model_card(gateway)]}
+        return ModelList(object="list", data=[_model_card(gateway)])
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS)
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=refusals(404))
+    async def model(name: str) -> ModelCard:
         """A model by its name."""
         requests.require_model(gateway, name)
         return _model_card(gateway)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    @app.get("/health", responses=refusals())
+    async def health() -> Health:
         """Whether the process lives."""
-        return {"status": "ok"}
+        return Health(status="ok")
 
-    @app.get("/ready", responses={503: {"description": "Starting or ending."}})
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"model": Ready},
+        503: {"model": Ready, "description": "Starting or ending."},
+    }
+
+    @app.get("/ready", responses={**refusals(), **states})
     async def ready() -> Response:
         """Whether new work is welcome."""
         return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
 
-    @app.get("/metrics", responses={401: _ERRORS[401]})
+    @app.get("/metrics", responses=refusals(), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -133,16 +137,16 @@ async def _tokenize(gateway: Gateway, request: Request) -> dict[str, Any]:
     return {"count": len(ids), "max_model_len": gateway.model.context_tokens, "tokens": ids}
 
 
-def _model_card(gateway: Gateway) -> dict[str, Any]:
+def _model_card(gateway: Gateway) -> ModelCard:
     model = gateway.model
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": gateway.started,
-        "owned_by": "llama3v",
-        "max_model_len": model.context_tokens,
-        "engine": model.engine.name,
-    }
+    return ModelCard(
+        id=model.name,
+        object="model",
+        created=gateway.started,
+        owned_by="llama3v",
+        max_model_len=model.context_tokens,
+        engine=model.engine.name,
+    )
 
 
 class Doorkeeper:
@@ -237,61 +241,4 @@ _HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     HTTPException: _http_refused,
     ClientGone: _left,
     Exception: _failed,
-}
-
-_ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": words, "content": _ERROR_CONTENT}
-    for status, words in {
-        400: "The request cannot be obeyed.",
-        401: "A key is missing or unknown.",
-        404: "No such model.",
-        408: "The body did not arrive in time.",
-        413: "The request or an image is too large.",
-        415: "Not JSON.",
-        429: "Too many requests; see Retry-After.",
-        503: "The server is about to end.",
-        504: "The deadline has passed.",
-    }.items()
-}
-
-
-def _documented(kind: type, words: str) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    body = {"required": True, "content": {"application/json": {"schema": reference}}}
-    return {"description": words, "responses": _ERRORS, "openapi_extra": {"requestBody": body}}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        kinds = [(kind, "validation") for kind in _REQUESTS.values()]
-        _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-        components = document.setdefault("components", {})
-        components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"], "Error": _ERROR}
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)  # nothing here answers so
-                operation["security"] = [{}] if path in OPEN_PATHS else [{}, {"key": []}]
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NULL,
-                "code": _TEXT_OR_NULL,
-            },
-        }
-    },
 }

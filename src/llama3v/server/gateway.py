@@ -16,6 +16,7 @@ from llama3v.config import Sampling, ServeConfig
 from llama3v.model.prompt import Turn
 from llama3v.server.body import Budget, Share, gone, read_body, until_gone
 from llama3v.server.errors import ApiError, deadline_exceeded
+from llama3v.server.formats import Formats
 from llama3v.server.keys import Key, KeyRing
 from llama3v.server.metrics import Metrics
 from llama3v.server.model import Finished, Question, ServedModel, Sight, Text
@@ -42,6 +43,7 @@ class Gateway:
     keys: KeyRing
     metrics: Metrics
     budget: Budget
+    formats: Formats
     started: int
     """Unix time."""
     ready: bool = False
@@ -104,7 +106,8 @@ async def _read_chat(gateway: Gateway, request: Request, share: Share) -> Asked:
     body_bytes = share.count
     require_model(gateway, body.model)
     require_supported(body)
-    samplings = samplings_of(body, gateway.config.max_choices)
+    schema = await until_gone(request, gateway.formats.schema_of(body))
+    samplings = samplings_of(body, gateway.config.max_choices, schema)
     turns, pictures = await until_gone(request, see(gateway, body.messages, share))
     share.give_back(body_bytes)
     key = request.state.key

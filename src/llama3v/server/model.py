@@ -131,6 +131,12 @@ class ServedModel:
                 yield from _pieces(choice, generation)
             except Cancelled:
                 return
+            except PromptError:  # all else was refused before it waited (`question`)
+                raise refused(
+                    "The answer cannot follow the JSON schema any further: it is too complex. Send a simpler one.",
+                    code="invalid_json_schema",
+                    param="response_format",
+                ) from None
             if generation.finish == "closed":
                 return
             yield Finished(choice, str(generation.finish), generation.counts)

@@ -44,8 +44,12 @@ def require_supported(request: Generation) -> None:
             raise refused(f"This server does not support {name}.", code="unsupported_parameter", param=name)
 
 
-def samplings_of(request: Generation, most_choices: int) -> list[Sampling]:
-    """How each of the answers is sampled: `n` of them, each with a seed of its own. Raises ApiError (400)."""
+def samplings_of(request: Generation, most_choices: int, schema: str | None = None) -> list[Sampling]:
+    """How each of the answers is sampled: `n` of them, each with a seed of its own. Raises ApiError (400).
+
+    Args:
+        schema: what they obey (formats.py).
+    """
     count = request.n or 1
     if count > most_choices:
         raise refused(f"This server gives at most {most_choices} answers to one request.", param="n")
@@ -55,6 +59,7 @@ def samplings_of(request: Generation, most_choices: int) -> list[Sampling]:
         "top_p": 1.0 if request.top_p is None else float(request.top_p),
         "stop": stops_of(request),
         "logprobs": alternatives_of(request),
+        "json_schema": schema,
     }
     return [Sampling(seed=seed + choice, **options) for choice in range(count)]
 

@@ -82,6 +82,37 @@ class Generation(Body):
     logit_bias: dict[str, float] | None = None
 
 
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """JSON that obeys a schema. What `strict` asks for is always so."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[str, Field(max_length=LONGEST_TEXT)] | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON of a kind of the client's own."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
@@ -91,7 +122,7 @@ class ChatRequest(Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: Format | None = None
     modalities: list[str] | None = None
 
 
@@ -107,8 +138,17 @@ class CompletionRequest(Generation):
     best_of: int | None = None
 
 
+def _either(given: str, absent: str) -> dict[str, Any]:
+    """In a schema: the one field and not the other; null is as good as absent."""
+    return {"required": [given], "properties": {given: {"not": {"type": "null"}}, absent: {"type": "null"}}}
+
+
 class TokenizeRequest(Body):
     """POST /tokenize: the ids of a text alone, or of a whole conversation as the model reads it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_either("prompt", "messages"), _either("messages", "prompt")]}
+    )
 
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Annotated[str, Field(max_length=LONGEST_TEXT)] | None = None
@@ -116,12 +156,11 @@ class TokenizeRequest(Body):
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
     "echo": (False,),

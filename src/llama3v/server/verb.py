@@ -1,5 +1,6 @@
 """`llama3v serve`: open a model, check that it sees, and answer until told to end."""
 
+import functools
 import importlib.util
 import logging
 import socket
@@ -13,6 +14,8 @@ from llama3v.config import ServeConfig
 from llama3v.errors import ConfigError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from llama3v.engines.cached import CachedEngine
     from llama3v.server.gateway import Gateway
     from llama3v.server.keys import Key
@@ -52,6 +55,7 @@ def open_gateway(config: ServeConfig, keys: "list[Key]", engine: "CachedEngine")
     from llama3v.server.body import Budget
     from llama3v.server.canary import require_sight, warm_up
     from llama3v.server.fetch import Fetcher
+    from llama3v.server.formats import Formats
     from llama3v.server.gateway import Gateway
     from llama3v.server.keys import KeyRing
     from llama3v.server.metrics import Metrics
@@ -76,6 +80,7 @@ def open_gateway(config: ServeConfig, keys: "list[Key]", engine: "CachedEngine")
         ),
         keys=KeyRing(keys),
         metrics=Metrics(),
+        formats=Formats(),
         budget=Budget(_BUDGET_BODIES * config.max_body_mb * 2**20),
         started=int(time.time()),
         ready=True,
@@ -100,8 +105,6 @@ def _open_store(config: ServeConfig, engine: "CachedEngine") -> "Store | None":
 def _run(gateway: "Gateway", listener: socket.socket) -> dict[str, Any]:
     import uvicorn
 
-    from llama3v.server.app import create_app
-
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             gateway.ready = False  # /ready says so while connections drain
@@ -110,8 +113,26 @@ def _run(gateway: "Gateway", listener: socket.socket) -> dict[str, Any]:
 
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    settings = uvicorn.Config(
+    print(
+        f"llama3v serves {gateway.model.name} at {address} (the page), {address}/v1 (the API)",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    Server(http_settings(gateway)).run(sockets=[listener])
+    return {"verb": "serve", "model": gateway.config.model, "address": address}
+
+
+def http_settings(gateway: "Gateway") -> "uvicorn.Config":
+    """How uvicorn serves a gateway."""
+    import uvicorn
+
+    from llama3v.server.app import create_app
+    from llama3v.server.connections import Connection
+
+    return uvicorn.Config(
         create_app(gateway),
+        http=functools.partial(Connection, most=gateway.config.max_connections),  # type: ignore[arg-type]
         log_level="warning",
         access_log=False,  # it would write what clients make up
         server_header=False,
@@ -120,14 +141,6 @@ def _run(gateway: "Gateway", listener: socket.socket) -> dict[str, Any]:
         timeout_graceful_shutdown=round(gateway.config.drain_seconds),
         timeout_keep_alive=15,
     )
-    print(
-        f"llama3v serves {gateway.model.name} at {address} (the page), {address}/v1 (the API)",
-        file=sys.stderr,
-        flush=True,
-    )
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    Server(settings).run(sockets=[listener])
-    return {"verb": "serve", "model": gateway.config.model, "address": address}
 
 
 def _listen(config: ServeConfig) -> socket.socket:
