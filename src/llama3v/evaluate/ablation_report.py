@@ -50,21 +50,23 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
     base = summary["variants"][0]
     report.add_figures(
         [
-            ("loss of the base", base["loss"]["value"], "held-out, per supervised token"),
-            ("gap of the base", base["gap"]["value"], "with shuffled images, less that"),
+            ("loss of the base", f"{base['loss']['value']:.3f}", "held-out, per supervised token"),
+            ("gap of the base", f"{base['gap']['value']:.3f}", "with shuffled images, less that"),
             ("trainings", len(summary["variants"]) * len(summary["seeds"]), "with the same steps and data"),
         ]
     )
-    columns = ["variant", "loss", "from the base", "", "gap", "from the base", ""]
+    columns = ["variant", "loss", "from the base", "", "shuffled", "from the base", "gap", "from the base", ""]
     rows = [
         [
             row["name"],
             f"{row['loss']['value']:.3f}",
-            in_words(row["loss"].get("difference")),
-            verdict(row["loss"].get("difference"), lower_is_better=True),
+            _in_a_cell(row["loss"].get("difference")),
+            _unbroken(verdict(row["loss"].get("difference"), lower_is_better=True)),
+            f"{row['shuffled']['value']:.3f}",
+            _in_a_cell(row["shuffled"].get("difference")),
             f"{row['gap']['value']:.3f}",
-            in_words(row["gap"].get("difference")),
-            verdict(row["gap"].get("difference"), lower_is_better=False),
+            _in_a_cell(row["gap"].get("difference")),
+            _unbroken(verdict(row["gap"].get("difference"), lower_is_better=False)),
         ]
         for row in summary["variants"]
     ]
@@ -82,7 +84,7 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
         },
     )
     seeds = [
-        [row["name"], seed, *(round(row[measure]["seeds"][place], 4) for measure in ("loss", "shuffled", "gap"))]
+        [row["name"], seed, *(f"{row[measure]['seeds'][place]:.4f}" for measure in ("loss", "shuffled", "gap"))]
         for row in summary["variants"]
         for place, seed in enumerate(summary["seeds"])
     ]
@@ -90,6 +92,16 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
     for title, found in (("Options", options), ("Environment", summary["environment"])):
         report.add_table(title, ["name", "value"], [[name, str(value)] for name, value in found.items()])
     report.write(path)
+
+
+def _in_a_cell(difference: dict[str, Any] | None) -> str:
+    """The difference, and its interval in a line of its own where the column is narrow."""
+    value, space, bounds = in_words(difference).partition(" ")
+    return value + space + _unbroken(bounds)
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def in_words(difference: dict[str, Any] | None) -> str:

@@ -92,11 +92,11 @@ def _add_scores(report: Report, summary: dict[str, Any]) -> None:
             seen = row["differences"].get("wrong image") if first else None
             rows.append(
                 [
-                    row["label"] if first else "",
+                    _unbroken(row["label"]) if first else "",
                     name,
                     _unbroken(interval(under["right image"])),
                     *(f"{under[condition]['value']:.3f}" if condition in under else None for condition in CONTROLS),
-                    p_value(seen["p_value"]) if seen else "",
+                    _unbroken(p_value(seen["p_value"])) if seen else "",
                     f"{row['conditions']['right image']['unparsed']:.1%}" if first else "",
                     row["samples"] if first else "",
                 ]
@@ -183,9 +183,15 @@ def _add_contamination(
     rows = []
     for row in summary["tasks"]:
         known = row["contamination"]
-        clean = "–" if known["clean"] is None else f"{interval(known['clean'])}, {known['clean_samples']:,} samples"
-        score = interval(headline(row, "right image"))
-        rows.append([row["label"], known["images"], known["same_file"], known["near_duplicates"], score, clean])
+        clean = (
+            "–"
+            if known["clean"] is None
+            else f"{_unbroken(interval(known['clean']))}, {known['clean_samples']:,} samples"
+        )
+        score = _unbroken(interval(headline(row, "right image")))
+        rows.append(
+            [_unbroken(row["label"]), known["images"], known["same_file"], known["near_duplicates"], score, clean]
+        )
     note = f"Compared with {len(trained.keys):,} pictures of the training by their files' hash"
     note += (
         f", and with {len(trained.names):,} by perceptual hash ({NEAR} of 64 bits)."
