@@ -54,17 +54,19 @@ Captions = Callable[[list[Path]], list[str]]
 def our_captions(model: Path, new_tokens: int) -> Captions:
     """The verb itself on images, its engine loaded beforehand."""
     from llama3v.config import CaptionConfig
+    from llama3v.engines.base import Room
     from llama3v.engines.captions import caption
     from llama3v.engines.terminal import open_engine
 
-    engine = open_engine(str(model), quiet=True)
+    room = Room(1, 100, new_tokens, slices=False)
+    engine = open_engine(str(model), room=room, quiet=True)
 
     def run(images: list[Path]) -> list[str]:
         config = CaptionConfig(tuple(map(str, images)), str(model), max_new_tokens=new_tokens, detail="low")
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             caption(config, engine)
-        return [line.partition("\t")[2] for line in out.getvalue().splitlines()]
+        return [line.rpartition("\t")[2] for line in out.getvalue().splitlines()]
 
     return run
 
@@ -97,6 +99,8 @@ def naive_captions(stock: Path, new_tokens: int) -> Captions:
 
 def caption_rows(work: Path, photos: list[Path], new_tokens: int) -> list[dict[str, Any]]:
     """Images per second of the naive loop, and of the verb on both engines; first two images of `photos` warm up."""
+    from llama3v.engines.captions import TOGETHER
+
     makers = {
         "transformers": (naive_captions, "stock"),
         "torch": (our_captions, "model"),
@@ -109,11 +113,14 @@ def caption_rows(work: Path, photos: list[Path], new_tokens: int) -> list[dict[s
     calls = {name: lambda name=name, run=run: texts.update({name: run(photos[2:])}) for name, run in sides.items()}
     seconds = {name: median(values) for name, values in interleaved(calls, 1, warm_up=False).items()}
     count = len(photos) - 2
+    one_by_one = [text for photo in photos[2:] for text in sides["llama.cpp"]([photo])]
+    alone = sum(ours == theirs for ours, theirs in zip(texts["llama.cpp"], one_by_one, strict=True))
     same = sum(ours == theirs for ours, theirs in zip(texts["torch"], texts["transformers"], strict=True))
     setting = f"{count} photographs, overviews, up to {new_tokens} new tokens; peer: model.generate, one image at a time, float32"
     notes = {
-        "torch": f"{setting}; float32, batches of 8; {same} of {count} captions are the peer's to the letter",
-        "llama.cpp": f"{setting}; ours: LLM in q8_0, tower in OpenVINO in float32",
+        "torch": f"{setting}; float32, {TOGETHER['low']} together; {same} of {count} captions are the peer's to the letter",
+        "llama.cpp": f"{setting}; ours: LLM in q8_0, tower in OpenVINO in float32, {TOGETHER['low']} together; {alone} of "
+        f"{count} captions are to the letter those of one image at a time",
     }
     return [
         row(

@@ -337,3 +337,21 @@ def test_a_caption_at_another_detail_is_another_caption(
     for detail, made in (("high", 1), ("low", 1), ("high", 0), ("low", 0)):
         config = CaptionConfig((pictures[2],), out=tmp_path, detail=detail, max_new_tokens=4)  # type: ignore[arg-type]
         assert caption(config, engine)["captioned"] == made
+
+
+def test_where_a_batch_of_captions_takes_long_the_next_is_smaller(tmp_path: Path, monkeypatch, capsys) -> None:
+    sizes = []
+
+    class Slow:
+        tile_size = 32
+
+        def answer_batch(self, questions, *, max_new_tokens: int) -> list[str]:
+            sizes.append(len(questions))
+            return ["a star"] * len(questions)
+
+    for number in range(15):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr("llama3v.engines.captions.PATIENCE", 0.0)
+    assert caption(CaptionConfig((str(tmp_path),)), engine=Slow())["captioned"] == 15
+    assert sizes == [8, 4, 2, 1]
+    assert len(capsys.readouterr().out.splitlines()) == 15

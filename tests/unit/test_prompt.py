@@ -270,3 +270,7 @@ def test_a_question_and_its_answer_fit_into_the_room_that_was_made_for_them(
     room = Room(len(grids), len(text.encode()), new_tokens)
     most = tokens_of(room, max_tiles=9, tokens_per_tile=TOKENS_PER_TILE)
     assert len(RENDERERS[name].render(turns, grids, generate=True).ids) + new_tokens <= most
+    overviews = tokens_of(Room(len(grids), 0, 1, slices=False), max_tiles=9, tokens_per_tile=TOKENS_PER_TILE)
+    one_tile = [Grid(1, 1)] * len(grids)
+    alone = [Turn("user", "", turns[0].images)]
+    assert len(RENDERERS[name].render(alone, one_tile, generate=True).ids) + 1 <= overviews

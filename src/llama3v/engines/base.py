@@ -69,11 +69,13 @@ class Room:
         images: where there are some, the vision tower is opened at once; else the first image opens it.
         text_bytes: of all turns, in UTF-8.
         new_tokens: of the answers.
+        slices: images are cut; without, they are overviews alone.
     """
 
     images: int
     text_bytes: int
     new_tokens: int
+    slices: bool = True
 
 
 Finish: TypeAlias = Literal["stop", "length", "closed"]

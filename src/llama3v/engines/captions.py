@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama3v import __version__
-from llama3v.config import CaptionConfig
+from llama3v.config import CaptionConfig, Detail
 from llama3v.data.ledger import Ledger
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
 from llama3v.engines.base import BatchEngine, Room
@@ -28,7 +28,9 @@ from llama3v.errors import DataError, ImageError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key, read_image_file
 
-BATCH = 8  # images that are captioned together
+TOGETHER: dict[Detail, int] = {"low": 32, "high": 8}
+"""Images that are captioned together: of one tile each, or of several. An interruption loses no more than these."""
+PATIENCE = 60.0  # seconds; where a batch takes longer, the next is smaller
 
 
 def caption(config: CaptionConfig, engine: BatchEngine | None = None) -> dict[str, Any]:
@@ -54,10 +56,15 @@ def caption(config: CaptionConfig, engine: BatchEngine | None = None) -> dict[st
     job = _Job(config, engine)
     with job.progress:
         task = job.progress.add_task("", total=len(files), left_out="")
-        for start in range(0, len(files), BATCH):
-            job.caption(files[start : start + BATCH])
+        start, together = 0, TOGETHER[config.detail]
+        while start < len(files):
+            began = time.perf_counter()
+            job.caption(files[start : start + together])
+            start += together
             note = f"{job.left_out} left out" if job.left_out else ""
-            job.progress.update(task, completed=min(start + BATCH, len(files)), left_out=note)
+            job.progress.update(task, completed=min(start, len(files)), left_out=note)
+            if time.perf_counter() - began > PATIENCE:
+                together = max(1, together // 2)
     return job.finish(len(files))
 
 
@@ -153,13 +160,17 @@ class _Job:
             self.config.model,
             self.config.engine,
             weights=self.config.weights,
-            room=Room(1, len(self.config.prompt.encode("utf-8", "replace")), self.config.max_new_tokens),
+            room=self._room(),
             quiet=not self.progress.disable,
         )
         turns = [Turn("user", self.config.prompt, (0,))]
         questions = [(turns, [at_detail(picture, self.config.detail, self.engine)]) for picture in pictures]
         answers = self.engine.answer_batch(questions, max_new_tokens=self.config.max_new_tokens)
         return [" ".join(answer.split()) for answer in answers]  # a caption is one line
+
+    def _room(self) -> Room:
+        config = self.config
+        return Room(1, len(config.prompt.encode("utf-8", "replace")), config.max_new_tokens, config.detail == "high")
 
     def _leave_out(self, name: str, error: ImageError) -> None:
         if self.alone:

@@ -125,7 +125,7 @@ class _LlamaReader:
 
 def tokens_of(room: Room, *, max_tiles: int, tokens_per_tile: int) -> int:
     """Places in a KV cache that hold it; making 8192 ready takes as long as loading an LLM of 100 million weights."""
-    image = (1 + max_tiles) * (tokens_per_tile + 2)  # a tile has a mark after it
+    image = (1 + room.slices * max_tiles) * (tokens_per_tile + 2)  # a tile has a mark after it
     text = 3 * room.text_bytes  # a byte makes one token at most, and Unicode's NFC makes 3 bytes of one at most
     return min(room.images * image + text + room.new_tokens + _MARKS, MOST_CONTEXT)
 
