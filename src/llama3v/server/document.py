@@ -72,8 +72,8 @@ def documented(kind: type[BaseModel], words: str) -> dict[str, Any]:
 def _event(kind: type[BaseModel]) -> dict[str, Any]:
     """A server-sent event with a piece of an answer or an error as JSON; the last one is [DONE]."""
     pieces = [{"$ref": f"#/components/schemas/{name}"} for name in (kind.__name__, Error.__name__)]
-    content = {"contentMediaType": "application/json", "contentSchema": {"anyOf": pieces}}
-    return {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", **content}}}
+    content = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": pieces}}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, content]}}}
 
 
 def openapi(app: FastAPI, gateway: Gateway, open_paths: tuple[str, ...]) -> dict[str, Any]:

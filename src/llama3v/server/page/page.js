@@ -154,12 +154,13 @@ function take(data, answer, asked, started) {
   if (innerHeight + scrollY > document.body.scrollHeight - 200) answer.scrollIntoView({ block: "end" }); // else they read above
   if (!data.usage) return;
   const { timings, usage } = data;
-  const seconds = (value) => (value < 0.0005 ? "0" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
+  const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+  const seconds = (value) => (value < 0.0005 ? "0 ms" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
   const words = [
-    timings.images && `${timings.tiles} tiles, ${timings.visual_tokens} visual tokens`,
+    timings.images && `${count(timings.tiles, "tile")}, ${count(timings.visual_tokens, "visual token")}`,
     timings.images && (timings.images_cached || timings.vision_seconds < 0.0005 ? "vision known" : `vision ${seconds(timings.vision_seconds)}`),
-    `prompt ${usage.prompt_tokens} tokens, ${seconds(timings.prefill_seconds)}`,
-    `answer ${usage.completion_tokens} tokens, ${seconds(timings.decode_seconds)}`,
+    `prompt ${count(usage.prompt_tokens, "token")}, ${seconds(timings.prefill_seconds)}`,
+    `answer ${count(usage.completion_tokens, "token")}, ${seconds(timings.decode_seconds)}`,
     `in all ${seconds((performance.now() - started) / 1000)}`,
   ];
   answer.querySelector(".timings").textContent = words.filter(Boolean).join(" · ");
