@@ -55,18 +55,16 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
             ("trainings", len(summary["variants"]) * len(summary["seeds"]), "with the same steps and data"),
         ]
     )
-    columns = ["variant", "loss", "from the base", "", "shuffled", "from the base", "gap", "from the base", ""]
+    columns = ["variant", "loss", "from the base", "shuffled", "from the base", "gap", "from the base"]
     rows = [
         [
             row["name"],
             f"{row['loss']['value']:.3f}",
-            _in_a_cell(row["loss"].get("difference")),
-            _unbroken(verdict(row["loss"].get("difference"), lower_is_better=True)),
+            _in_a_cell(row["loss"].get("difference"), lower_is_better=True),
             f"{row['shuffled']['value']:.3f}",
             _in_a_cell(row["shuffled"].get("difference")),
             f"{row['gap']['value']:.3f}",
-            _in_a_cell(row["gap"].get("difference")),
-            _unbroken(verdict(row["gap"].get("difference"), lower_is_better=False)),
+            _in_a_cell(row["gap"].get("difference"), lower_is_better=False),
         ]
         for row in summary["variants"]
     ]
@@ -94,10 +92,11 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
     report.write(path)
 
 
-def _in_a_cell(difference: dict[str, Any] | None) -> str:
-    """The difference, and its interval in a line of its own where the column is narrow."""
-    value, space, bounds = in_words(difference).partition(" ")
-    return value + space + _unbroken(bounds)
+def _in_a_cell(difference: dict[str, Any] | None, *, lower_is_better: bool | None = None) -> str:
+    """The difference, its interval and what that says, each in a line of its own where the column is narrow."""
+    value, _, bounds = in_words(difference).partition(" ")
+    said = "" if lower_is_better is None else verdict(difference, lower_is_better=lower_is_better)
+    return " ".join(part for part in (value, _unbroken(bounds), _unbroken(said)) if part)
 
 
 def _unbroken(text: str) -> str:
