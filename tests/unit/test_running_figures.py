@@ -27,6 +27,15 @@ def test_the_ratios_of_decoding_are_the_measured_ones() -> None:
     assert [ratio for ratio in ratios if f" {ratio} " not in " ".join(said.split())] == []
 
 
+def test_the_figures_of_captions_are_the_measured_ones() -> None:
+    rows = rows_of("caption")
+    said = " ".join(PAGE[PAGE.index("### How fast") : PAGE.index("## Export")].split())
+    for engine in ("torch", "llama.cpp"):
+        assert f" {rows[f'caption a folder, {engine}']['ratio']:.1f} times" in said
+    start = rows["ask in a new process"]
+    assert f"took {start['ours']:.1f} seconds, in PyTorch {start['peer']:.1f}" in said
+
+
 def test_every_program_gave_the_tokens_that_are_claimed() -> None:
     rows = rows_of("parity").values()
     assert len(rows) == 7
