@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llama3v.config import AskConfig, ExportConfig
+from llama3v.config import AskConfig, ExportConfig, Sampling
 from llama3v.engines import llama_api
 from llama3v.engines.ask import ask
 from llama3v.engines.base import ImageFeatures
@@ -71,6 +71,18 @@ def engines(model_dir: Path, exported):
 def picture(seed: int, size: tuple[int, int] = (150, 100)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size)
+
+
+def test_both_engines_give_the_same_json_for_a_schema(engines) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra llama3v[serve]")
+    schema = json.dumps({"type": "array", "items": {"enum": ["red", "blue", 3]}, "minItems": 2, "maxItems": 4})
+    turns = [Turn("user", "What is it?", (0,))]
+    answers = {
+        engine.answer(turns, [picture(1)], max_new_tokens=60, sampling=Sampling(json_schema=schema))
+        for engine in engines
+    }
+    (answer,) = answers
+    assert set(json.loads(answer)) <= {"red", "blue", 3}
 
 
 def test_stock_llama_cpp_gives_our_visual_tokens_logits_and_greedy_tokens(exported) -> None:
