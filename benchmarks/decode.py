@@ -31,7 +31,8 @@ from benchmarks.common import interleaved, row, write_results
 from llama3v.config import ExportConfig, Sampling
 from llama3v.engines.generation import CachedGeneration
 from llama3v.engines.llama_api import Llama, cores
-from llama3v.engines.llamacpp import LlamaCppEngine, _LlamaReader
+from llama3v.engines.llama_batch import Batch
+from llama3v.engines.llamacpp import LlamaCppEngine, LlamaReader
 from llama3v.engines.prefix import Caches, Prompt
 from llama3v.engines.torch import TorchEngine
 from llama3v.model.prompt import Rendered, Turn
@@ -116,7 +117,7 @@ def decode_in_llama_cpp(kind: str, path: Path, pair: Path, bandwidth: float, opt
     def ours() -> None:
         llm.forget()
         prompt = Prompt(Rendered(list(ids), [], []), [])
-        caches = Caches([_LlamaReader(llm, 0, llm.vocabulary)])
+        caches = Caches([LlamaReader(llm, llm.vocabulary)])
         for _ in CachedGeneration(caches, prompt, tokenizer, (), llm.vocabulary, options.new_tokens, Sampling()):
             pass
 
@@ -144,13 +145,14 @@ class Bare:
     def run(self, ids: list[int], new_tokens: int) -> None:
         self._llm.forget()
         self._llm.read(0, ids)
-        batch = self._lib.llama_batch_init(1, 0, 1)
-        batch.n_tokens, batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 1, 0, 1
+        batch = Batch(1)
+        batch.tokens([0])
+        batch.places(0, 0)
+        structure = batch.want(1)
         for place in range(len(ids), len(ids) + new_tokens - 1):  # the prompt gave the first token
-            batch.token[0], batch.pos[0] = place % 1000, place
-            if self._lib.llama_decode(self._llm._context, batch):
+            structure.token[0], structure.pos[0] = place % 1000, place
+            if self._lib.llama_decode(self._llm._context, structure):
                 raise SystemExit("llama_decode failed")
-        self._lib.llama_batch_free(batch)
 
 
 def first_tokens(pair: Path, options: Options) -> list[dict[str, Any]]:
@@ -209,7 +211,7 @@ def first_tokens(pair: Path, options: Options) -> list[dict[str, Any]]:
 
 
 def _new_caches(engine: LlamaCppEngine) -> Caches:
-    return Caches([_LlamaReader(engine.llm, 0, engine.renderer.image_token_id)])
+    return Caches([LlamaReader(engine.llm, engine.renderer.image_token_id)])
 
 
 def decode_in_torch(model: Path, bandwidth: float, options: Options) -> dict[str, Any]:

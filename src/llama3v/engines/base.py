@@ -11,6 +11,8 @@ What a server may rely on:
 - **Cancelling.** `Generation.close` may be called from any thread, at any time, more than once. The work ends within one
   step: a token, a part of a prompt (`engines/prefix.py: PART_TOKENS`), or an image in the vision tower. The next read
   ends the iteration and `finish` is "closed". Others are not touched. A Generation that is dropped unread costs nothing.
+- **Together.** `run` makes a whole answer, and several that are made at the same time may be read in the same passes of the
+  model (llama.cpp with several conversations). Greedy answers are the same as alone.
 - **Several conversations.** An engine keeps the KV caches of `conversations` conversations (an argument of its
   constructor). More Generations than that still answer right, but take each other's cache away and read prompts again:
   let the rest wait in a queue.
@@ -19,9 +21,9 @@ What a server may rely on:
   `REMEMBERED_IMAGES` keep their features, so an image in another place of a prompt costs no vision either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from llama3v.config import Sampling
 from llama3v.model.prompt import Turn
@@ -151,7 +153,7 @@ class BatchEngine(Protocol):
 class Engine(BatchEngine, Protocol):
     """A way to run a trained model.
 
-    All four raise PromptError where turns and images do not fit together or the prompt and `max_new_tokens` exceed the
+    Those that take turns raise PromptError where turns and images do not fit together or the prompt and `max_new_tokens` exceed the
     model's context (nothing is ever truncated), and ImageError for an image that cannot be read; before any output.
 
     Attributes:
@@ -172,7 +174,15 @@ class Engine(BatchEngine, Protocol):
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """Check and begin an answer; the work is done while it is read. Without `sampling` it is greedy."""
+        """Check and begin an answer; the work is done while it is read, or by `run`. Without `sampling` it is greedy."""
+        ...
+
+    def run(self, generation: Any, hear: Callable[[Piece], None]) -> None:
+        """Make the whole of an answer that `generate` began. Returns when it has ended, or was closed.
+
+        Args:
+            hear: gets its pieces, maybe in another thread; it must not wait.
+        """
         ...
 
     def stream(

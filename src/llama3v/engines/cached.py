@@ -3,16 +3,16 @@
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
 
 from llama3v.config import Sampling
-from llama3v.engines.base import EngineImage, ImageFeatures, Question
+from llama3v.engines.base import EngineImage, ImageFeatures, Piece, Question
 from llama3v.engines.generation import CachedGeneration
 from llama3v.engines.grammar import Grammars
-from llama3v.engines.prefix import Caches, Prompt, Reader, SeenImage
+from llama3v.engines.prefix import Caches, Prompt, SeenImage
 from llama3v.engines.turns import FairLock
 from llama3v.errors import ConfigError, PromptError
 from llama3v.model.prompt import Renderer, Turn
@@ -24,7 +24,7 @@ REMEMBERED_IMAGES = 16
 class CachedEngine(ABC):
     """An Engine (base.py) on a runtime whose KV cache can be shortened.
 
-    A runtime brings `_visual_tokens_of_*` (the tower and the projector) and readers (prefix.py), and calls `_set_up`.
+    A runtime brings `_visual_tokens_of_*` (the tower and the projector) and KV caches (prefix.py), and calls `_set_up`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class CachedEngine(ABC):
         self,
         tokenizer: Any,
         renderer: Renderer,
-        readers: Sequence[Reader],
+        caches: Caches,
         *,
         context_tokens: int,
         tile_size: int,
@@ -45,8 +45,8 @@ class CachedEngine(ABC):
         self.renderer = renderer
         self.context_tokens = context_tokens
         self._grammars = Grammars(tokenizer, renderer.stop_ids)
-        self.conversations = len(readers)
-        self._caches = Caches(readers)
+        self.conversations = len(caches)
+        self._caches = caches
         self.tile_size, self._max_tiles, self._feature_shape = tile_size, max_tiles, feature_shape
         self._seen: OrderedDict[str, SeenImage] = OrderedDict()  # the latest last
         self._seen_lock = threading.Lock()
@@ -91,6 +91,11 @@ class CachedEngine(ABC):
             sampling,
             grammar,
         )
+
+    def run(self, generation: CachedGeneration, hear: Callable[[Piece], None]) -> None:
+        """See Engine. A runtime that reads for several conversations in one pass has its own."""
+        for piece in generation:
+            hear(piece)
 
     def stream(
         self,

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -15,17 +15,32 @@ from llama3v.engines.prefix import Caches, Prompt
 from llama3v.engines.sampling import Sampler, logprobs
 from llama3v.engines.stops import StopFinder
 
+Steps: TypeAlias = Generator[Piece | None, np.ndarray | None, None]
+"""Pieces; and None where the next part of the prompt is to be read, whose logits are sent if it is the last one."""
+
 
 class _Closed(Exception):  # noqa: N818 - not an error
     """The answer was closed while its prompt was read."""
 
 
+class Ended:
+    """What `CachedGeneration.resume` returns at the end."""
+
+
+ENDED = Ended()
+
+
 class CachedGeneration:
-    """See Generation (base.py). The work is done by whoever reads it.
+    """See Generation (base.py). Whoever reads it does the work, unless an engine steps it with others (together.py).
 
     Args:
         vocabulary: ids from here on are never answered (the image token, and reserved ones).
         grammar: what the answer obeys.
+
+    Attributes:
+        owner: who it is for the caches; not this object, or they would keep it from being collected.
+        prompt: grows with the answer.
+        reading: held while somebody reads or steps it; `close` leaves the rest to them then.
     """
 
     def __init__(
@@ -41,8 +56,10 @@ class CachedGeneration:
     ) -> None:
         self.counts = Counts(prompt_tokens=len(prompt.ids), visual_tokens=prompt.visual_count)
         self.finish: Finish | None = None
+        self.owner = object()
+        self.prompt = prompt
+        self.reading = threading.Lock()
         self._caches = caches
-        self._prompt = prompt
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._vocabulary = vocabulary
@@ -50,50 +67,81 @@ class CachedGeneration:
         self._sampling = sampling
         self._grammar = grammar
         self._closed = threading.Event()
-        self._pieces = self._run()
+        self._steps = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        with self.reading:
+            step = self.resume()
+            while step is None:
+                try:
+                    logits = self._caches.read_part(self.owner, self.prompt)
+                except BaseException as error:
+                    self.fail(error)
+                step = self.resume(logits)
+        if isinstance(step, Ended):
+            raise StopIteration
+        return step
+
+    def resume(self, logits: np.ndarray | None = None) -> Piece | Ended | None:
+        """Go on to the next piece, or to where the next part of `prompt` is to be read (None).
+
+        Args:
+            logits: of the token after `prompt`, where all of it was read.
+        """
+        try:
+            return self._steps.send(logits)
+        except StopIteration:
+            return ENDED
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Give up because the prompt cannot be read; raises the error."""
+        self._steps.throw(error)
+        raise error
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
 
     def close(self) -> None:
         """See Generation."""
         self._closed.set()
-        try:
-            self._pieces.close()
-        except ValueError:  # another thread is reading it: it sees the flag
-            return
-        self.finish = self.finish or "closed"
+        if self.reading.acquire(blocking=False):  # else whoever is reading it sees the flag
+            try:
+                self._steps.close()
+                self.finish = self.finish or "closed"
+            finally:
+                self.reading.release()
 
-    def _run(self) -> Generator[Piece, None, None]:
-        owner = object()  # not this object, or the caches would keep it from being collected
+    def _run(self) -> Steps:
         try:
-            logits = self._read_prompt(owner)
-            yield from self._decode(owner, logits)
+            logits = yield from self._read_prompt()
+            yield from self._decode(logits)
         except _Closed:
             self.finish = "closed"
         finally:
-            self._caches.end(owner)
+            self._caches.end(self.owner)
 
-    def _read_prompt(self, owner: object) -> np.ndarray:
+    def _read_prompt(self) -> Generator[None, np.ndarray | None, np.ndarray]:
         started = time.perf_counter()
-        self.counts.cached_tokens = self._caches.begin(owner, self._prompt)
-        for image in self._prompt.images_from(self.counts.cached_tokens):
+        self.counts.cached_tokens = self._caches.begin(self.owner, self.prompt)
+        for image in self.prompt.images_from(self.counts.cached_tokens):
             self._go_on()
             image.visual_tokens()  # outside of the model's lock: others answer meanwhile
         seen = time.perf_counter()
         self.counts.vision_seconds = seen - started
-        logits = self._read(owner)
+        logits = yield from self._read()
         self.counts.prefill_seconds = time.perf_counter() - seen
         return logits
 
-    def _read(self, owner: object) -> np.ndarray:
+    def _read(self) -> Generator[None, np.ndarray | None, np.ndarray]:
         """Logits of the token after the prompt as it is now."""
         while True:
             self._go_on()
-            logits = self._caches.read_part(owner, self._prompt)
+            logits = yield None
             if logits is not None:
                 return logits[: self._vocabulary]
 
@@ -101,8 +149,8 @@ class CachedGeneration:
         if self._closed.is_set():
             raise _Closed
 
-    def _decode(self, owner: object, logits: np.ndarray) -> Iterator[Piece]:
-        sampler = Sampler(self._sampling, self._prompt.ids, self._grammar)
+    def _decode(self, logits: np.ndarray) -> Steps:
+        sampler = Sampler(self._sampling, self.prompt.ids, self._grammar)
         detokenizer, stops = Detokenizer(self._tokenizer), StopFinder(self._sampling.stop)
         tokens: list[Token] = []  # since the last piece
         finish: Finish = "length"
@@ -122,16 +170,16 @@ class CachedGeneration:
                 finish = "stop"
                 break
             if made < self._max_new_tokens:
-                logits = self._next(owner, token)
+                logits = yield from self._next(token)
         rest = "" if stops.found is not None else stops.push(detokenizer.rest()) + stops.rest()
         if rest or tokens:
             yield Piece(rest, tuple(tokens))
         self.finish = finish if stops.found is None else "stop"
 
-    def _next(self, owner: object, token: int) -> np.ndarray:
+    def _next(self, token: int) -> Generator[None, np.ndarray | None, np.ndarray]:
         started = time.perf_counter()
-        self._prompt.push(token)
-        logits = self._read(owner)
+        self.prompt.push(token)
+        logits = yield from self._read()
         self.counts.decode_seconds += time.perf_counter() - started
         return logits
 

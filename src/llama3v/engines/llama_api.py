@@ -12,12 +12,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama3v.engines.llama_batch import Batch, BatchStructure
 from llama3v.errors import CheckpointError, ConfigError, PromptError
 
 VERSION = "2026.10.11549"
@@ -25,6 +26,9 @@ KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """Type of the KV cache -> its number in ggml.h."""
 MOST_CONTEXT = 8192  # tokens, unless more is asked for
 _BATCH = 512  # tokens in one pass: its default for the physical batch
+SHARED_BATCH = 128
+"""Tokens in one pass where there are several sequences: while one's prompt is read, the others wait for that long. Their
+attention is not fused, whose scores take memory in proportion."""
 
 
 class _ModelParams(ctypes.Structure):
@@ -55,18 +59,6 @@ class _ContextParams(ctypes.Structure):
     )
 
 
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", c_int32),
-        ("token", POINTER(c_int32)),
-        ("embd", POINTER(c_float)),
-        ("pos", POINTER(c_int32)),
-        ("n_seq_id", POINTER(c_int32)),
-        ("seq_id", POINTER(POINTER(c_int32))),
-        ("logits", POINTER(c_int8)),
-    )
-
-
 class _Room(ctypes.Structure):
     """More room than any structure of parameters needs: to look at one before its size is trusted."""
 
@@ -92,10 +84,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_n_threads": (c_int32, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
-    "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
-    "llama_batch_free": (None, [_Batch]),
-    "llama_decode": (c_int32, [c_void_p, _Batch]),
-    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "llama_decode": (c_int32, [c_void_p, BatchStructure]),
+    "llama_get_logits": (c_void_p, [c_void_p]),
     "ggml_quantize_chunk": (
         c_size_t,
         [c_int32, c_void_p, c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, c_void_p],
@@ -195,7 +186,8 @@ class Llama:
         context_tokens: places in each KV cache; default: what the model was trained for, at most 8192.
         kv: type of the KV cache, a key of `KV_TYPES`.
         threads: default: the cores that this process may use.
-        sequences: KV caches, numbered from 0.
+        sequences: KV caches, numbered from 0. Where there are several, attention is not fused in caches of 16 or 32 bits: the
+            fused one rounds differently in other passes (engines/llama_group.py).
 
     Raises:
         ConfigError: the library is absent or another than the known one.
@@ -229,13 +221,15 @@ class Llama:
 
     def _open_context(self, kv: str, threads: int, sequences: int) -> None:
         params = self._lib.llama_context_default_params()
-        # The library rounds a context up to a multiple of 256; what exceeds `context_tokens` is never used
-        params.n_ctx = -(-self.context_tokens // 256) * 256 * sequences
+        # The library rounds a context up to a multiple of 256; what exceeds `context_tokens` is padding's (llama_group.py)
+        several = sequences > 1
+        params.n_ctx = -(-(self.context_tokens + several) // 256) * 256 * sequences
         params.n_seq_max = sequences  # each gets its share of n_ctx
-        params.n_batch = params.n_ubatch = min(_BATCH, params.n_ctx)
+        params.n_batch = params.n_ubatch = min(SHARED_BATCH if several else _BATCH, params.n_ctx)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv]
-        params.flash_attention = {"f32": 0, "f16": -1}.get(kv, 1)  # quantised values need it
+        # quantised values need it
+        params.flash_attention = {"f32": 0, "f16": 0 if several else -1}.get(kv, 1)
         wanted = (params.n_ctx, params.n_batch, sequences, threads)
         _complaints.clear()
         self._context = self._lib.llama_init_from_model(self._model, params)
@@ -250,7 +244,7 @@ class Llama:
         )
         if found != wanted:
             raise _other_interface(f"a context of {found} instead of {wanted}")
-        self._batch = params.n_batch
+        self._batch = Batch(params.n_batch)
         self._memory = self._lib.llama_get_memory(self._context)
 
     @property
@@ -278,40 +272,40 @@ class Llama:
                 f"expected at most {self.context_tokens} tokens (the context), found {position + len(new)}; ask with "
                 "fewer images, fewer turns or a shorter answer"
             )
-        parts = [
-            self._pass(position + start, new[start : start + self._batch], all_logits, sequence)
-            for start in range(0, len(new), self._batch)
-        ]
-        return np.concatenate(parts) if all_logits else parts[-1]
+        parts = []
+        for start in range(0, len(new), self._batch.size):
+            part = new[start : start + self._batch.size]
+            positions = position + start + np.arange(len(part), dtype=np.int32)
+            wanted = np.arange(len(part)) >= (0 if all_logits else len(part) - 1)
+            parts.append(self.decode(part, positions, sequence, wanted).copy())  # the next pass writes over it
+        return np.concatenate(parts) if all_logits else parts[-1][0]
 
-    def _pass(self, position: int, new: Sequence[int] | np.ndarray, all_logits: bool, sequence: int) -> np.ndarray:
-        count = len(new)
-        embeddings = isinstance(new, np.ndarray)
-        batch = self._lib.llama_batch_init(count, self.hidden if embeddings else 0, 1)
-        try:
-            if embeddings:
-                values = np.ascontiguousarray(new, np.float32)
-                ctypes.memmove(batch.embd, values.ctypes.data, values.nbytes)
-            else:
-                ctypes.memmove(batch.token, (c_int32 * count)(*new), 4 * count)
-            batch.n_tokens = count
-            for index in range(count):
-                batch.pos[index] = position + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = sequence
-                batch.logits[index] = int(all_logits or index == count - 1)
-            status = self._lib.llama_decode(self._context, batch)
-        finally:
-            self._lib.llama_batch_free(batch)
+    def decode(self, new: Sequence[int] | np.ndarray, positions: Any, sequences: Any, wanted: Any = 1) -> np.ndarray:
+        """One pass over token ids, or embeddings float32 [n, hidden], of one or more sequences.
+
+        Args:
+            positions, sequences: of each; an array, a list, or a number for all.
+            wanted: whether logits are wanted after each; likewise.
+
+        Returns:
+            logits [those wanted, vocabulary], in order: the library's own memory, which the next pass writes over.
+
+        Raises CheckpointError: llama.cpp fails. Nobody knows then what its caches hold: `forget`.
+        """
+        batch = self._batch
+        batch.embeddings(new) if isinstance(new, np.ndarray) else batch.tokens(new)
+        batch.places(positions, sequences)
+        status = self._lib.llama_decode(self._context, batch.want(wanted))
         if status != 0:
-            raise CheckpointError(f"llama.cpp failed to read {count} tokens at {position} (status {status})")
-        if not all_logits:
-            return self._logits(count - 1)
-        return np.stack([self._logits(row) for row in range(count)])
+            raise CheckpointError(f"llama.cpp failed to read {len(new)} tokens (status {status})")
+        rows = len(new) if isinstance(wanted, int) else int(np.count_nonzero(wanted))
+        address = self._lib.llama_get_logits(self._context)
+        found = (c_float * (rows * self.vocabulary)).from_address(address)
+        return np.frombuffer(memoryview(found), np.float32).reshape(rows, self.vocabulary)
 
-    def _logits(self, row: int) -> np.ndarray:
-        pointer = self._lib.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.vocabulary,)).copy()
+    def copy(self, source: int, target: int) -> None:
+        """Let one sequence's cache hold what another's does. The library copies it before the next pass."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def tokenise(self, text: str) -> list[int]:
         """Ids of a text as stock programs make them, control tokens read as such."""

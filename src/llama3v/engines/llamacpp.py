@@ -4,22 +4,30 @@ The prompt is ours (model/prompt.py) and the tiles are ours; llama.cpp only read
 gets exactly what it was trained with, which stock programs' own slicing and framing would not give it.
 """
 
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from llama3v.engines.base import ImageFeatures, Room
+from llama3v.engines.base import ImageFeatures, Piece, Room
+from llama3v.engines.batched import BatchedCaches
 from llama3v.engines.cached import CachedEngine, check_conversations
+from llama3v.engines.generation import CachedGeneration
 from llama3v.engines.gguf_vision import GgufVision
 from llama3v.engines.llama_api import MOST_CONTEXT, Llama
-from llama3v.engines.prefix import Span
+from llama3v.engines.llama_group import LlamaGroup
+from llama3v.engines.prefix import Caches, Span
+from llama3v.engines.together import Together
 from llama3v.errors import CheckpointError
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles
 
 _MARKS = 64  # tokens around the turns of a question, and more
+_REMEMBERED_TEXTS = 16384
+
 LLM_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 
 
@@ -52,6 +60,7 @@ class LlamaCppEngine(CachedEngine):
         room: Room | None = None,
     ) -> None:
         check_conversations(conversations)
+        self._together: Together | None = None
         folder = Path(directory)
         self.vision = vision = GgufVision(folder / VISION_FILE, tower)
         tiles = {"max_tiles": vision.max_tiles, "tokens_per_tile": vision.tokens_per_tile}
@@ -81,12 +90,26 @@ class LlamaCppEngine(CachedEngine):
         self._set_up(
             tokenizer,
             renderer,
-            [_LlamaReader(self.llm, sequence, vision.image_token_id) for sequence in range(conversations)],
+            self._new_caches(conversations),
             context_tokens=self.llm.context_tokens,
             tile_size=vision.tile_size,
             max_tiles=vision.max_tiles,
             feature_shape=vision.feature_shape,
         )
+
+    def _new_caches(self, conversations: int) -> Caches:
+        if conversations == 1:
+            return Caches([LlamaReader(self.llm, self.vision.image_token_id)])
+        caches = BatchedCaches(LlamaGroup(self.llm, conversations), conversations)
+        self._together = Together(caches)
+        return caches
+
+    def run(self, generation: CachedGeneration, hear: Callable[[Piece], None]) -> None:
+        """See Engine."""
+        if self._together is None:
+            super().run(generation, hear)
+        else:
+            self._together.run(generation, hear)
 
     def _visual_tokens_of_tiles(self, tiles: Tiles) -> np.ndarray:
         return self.vision.encode(tiles)
@@ -95,12 +118,11 @@ class LlamaCppEngine(CachedEngine):
         return self.vision.project(image)
 
 
-class _LlamaReader:
-    """See Reader (prefix.py): one of llama.cpp's sequences."""
+class LlamaReader:
+    """See Reader (prefix.py): a context of llama.cpp for one conversation."""
 
-    def __init__(self, llm: Llama, sequence: int, image_token_id: int) -> None:
+    def __init__(self, llm: Llama, image_token_id: int) -> None:
         self._llm = llm
-        self._sequence = sequence
         self._image_token_id = image_token_id
 
     def read(self, start: int, span: Span) -> np.ndarray:
@@ -115,12 +137,12 @@ class _LlamaReader:
                 end += 1
             new = visual[used : used + end - place] if is_visual else span.ids[place:end]
             used += end - place if is_visual else 0
-            logits = self._llm.read(start + place, new, sequence=self._sequence)
+            logits = self._llm.read(start + place, new)
             place = end
         return logits
 
     def forget(self, keep: int) -> None:
-        self._llm.forget(keep, sequence=self._sequence)
+        self._llm.forget(keep)
 
 
 def tokens_of(room: Room, *, max_tiles: int, tokens_per_tile: int) -> int:
@@ -140,9 +162,14 @@ class _Tokenizer:
 
     def __init__(self, path: Path) -> None:
         self.backend_tokenizer = Tokenizer.from_file(str(path))
+        # an answer's text is made of decoded pairs of tokens (detokenizer.py), which come again and again
+        self._text = functools.lru_cache(_REMEMBERED_TEXTS)(self._decode)
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces  # it never does
+        return self._text(tuple(ids), skip_special_tokens)
+
+    def _decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 

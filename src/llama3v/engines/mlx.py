@@ -14,7 +14,7 @@ import numpy as np
 
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.cached import CachedEngine, check_conversations
-from llama3v.engines.prefix import Span
+from llama3v.engines.prefix import Caches, Span
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles
@@ -71,7 +71,7 @@ class MlxEngine(CachedEngine):
         self._set_up(
             tokenizer,
             renderer,
-            [_MlxReader(self.llm, self._thread, config.image_token_id, kv_bits) for _ in range(conversations)],
+            Caches([_MlxReader(self.llm, self._thread, config.image_token_id, kv_bits) for _ in range(conversations)]),
             context_tokens=config.text_config.max_position_embeddings,
             tile_size=self.vision.tile_size,
             max_tiles=config.max_tiles,

@@ -98,12 +98,19 @@ class Reader(Protocol):
         ...
 
 
-@dataclass
-class _Cache:
-    reader: Reader
+@dataclass(eq=False)
+class Cache:
+    """A KV cache, what it holds, and who is making an answer in it."""
+
+    reader: Any
     cells: list[Cell] = field(default_factory=list)
-    owner: object = None  # who is making an answer in it
+    owner: object = None
     used: float = 0.0
+
+    def shorten(self, keep: int) -> None:
+        """Drop all but the first `keep` cells."""
+        del self.cells[keep:]  # first: if forgetting fails, they count as forgotten
+        self.reader.forget(keep)
 
 
 class Caches:
@@ -111,7 +118,10 @@ class Caches:
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.lock = FairLock()
-        self._caches = [_Cache(reader) for reader in readers]
+        self._caches = [Cache(reader) for reader in readers]
+
+    def __len__(self) -> int:
+        return len(self._caches)
 
     def begin(self, owner: object, prompt: Prompt) -> int:
         """Give the owner a cache, and say how many of the prompt's cells it holds already."""
@@ -130,15 +140,10 @@ class Caches:
             try:
                 logits = cache.reader.read(start, prompt.span(start, end))
             except BaseException:  # an interrupt among them: nobody knows how far it came
-                cache.cells.clear()
-                cache.reader.forget(0)
+                cache.shorten(0)
                 raise
             cache.cells += prompt.cells[start:end]
-        if np.isnan(logits.max()):  # which NaN passes through, in one pass over the vocabulary
-            raise CheckpointError(
-                "expected numbers from the model, found NaN; its weights are damaged, use another checkpoint"
-            )
-        return logits if end == len(prompt.cells) else None
+        return finite(logits) if end == len(prompt.cells) else None
 
     def end(self, owner: object) -> None:
         """The owner needs its cache no more; what it holds stays for others. Never waits: garbage collection calls it."""
@@ -146,28 +151,43 @@ class Caches:
             if cache.owner is owner:
                 cache.owner = None
 
-    def _cache_of(self, owner: object, prompt: Prompt) -> _Cache:
+    def _cache_of(self, owner: object, prompt: Prompt) -> Cache:
         for cache in self._caches:
             if cache.owner is owner:
                 return cache
         wanted = prompt.cells[:-1]  # at least the last cell is read, for its logits
-        cache = self._choose(wanted)
-        keep = common(cache.cells, wanted)
+        free = [cache for cache in self._caches if cache.owner is None] or self._caches
+        cache = self._choose(free, wanted)
         cache.owner = owner
-        if keep < len(cache.cells):
-            del cache.cells[keep:]  # first: if forgetting fails, they count as forgotten
-            cache.reader.forget(keep)
+        self._keep(cache, prompt, common(cache.cells, wanted))
         cache.used = time.monotonic()
         return cache
 
-    def _choose(self, wanted: Sequence[Cell]) -> _Cache:
-        """The free cache with most of these cells; if none has an image or half of them, the one used longest ago."""
-        free = [cache for cache in self._caches if cache.owner is None] or self._caches
+    def _keep(self, cache: Cache, prompt: Prompt, keep: int) -> None:
+        """Prepare a cache for a prompt that it shares its first `keep` cells with."""
+        if keep < len(cache.cells):
+            cache.shorten(keep)
+
+    def _choose(self, free: Sequence[Cache], wanted: Sequence[Cell]) -> Cache:
+        """The cache with most of these cells; if none has enough of them, the one used longest ago."""
         best = max(free, key=lambda cache: common(cache.cells, wanted))
-        shared = wanted[: common(best.cells, wanted)]
-        if 2 * len(shared) >= len(wanted) or any(isinstance(cell, tuple) for cell in shared):
+        if worth_keeping(common(best.cells, wanted), wanted):
             return best
         return min(free, key=lambda cache: (bool(cache.cells), cache.used))
+
+
+def worth_keeping(shared: int, wanted: Sequence[Cell]) -> bool:
+    """Whether the first cells that a cache has of those wanted are half of them, or have an image among them."""
+    return 2 * shared >= len(wanted) or any(isinstance(cell, tuple) for cell in wanted[:shared])
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """The logits. Raises CheckpointError where they are NaN."""
+    if np.isnan(logits.max()):  # which NaN passes through, in one pass over the vocabulary
+        raise CheckpointError(
+            "expected numbers from the model, found NaN; its weights are damaged, use another checkpoint"
+        )
+    return logits
 
 
 def common(before: Sequence[Cell], now: Sequence[Cell]) -> int:

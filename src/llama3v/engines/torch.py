@@ -12,7 +12,7 @@ from llama3v.config import AnswerWeights, LlmWeights
 from llama3v.engines.base import EngineImage, ImageFeatures, Question
 from llama3v.engines.cached import CachedEngine, check_conversations
 from llama3v.engines.detokenizer import Detokenizer
-from llama3v.engines.prefix import Span
+from llama3v.engines.prefix import Caches, Span
 from llama3v.errors import CheckpointError
 from llama3v.model.frozen import hold
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, load_model
@@ -68,7 +68,7 @@ class TorchEngine(CachedEngine):
         self._set_up(
             tokenizer,
             Renderer(tokenizer, config.prompt_format, model.tokens_per_tile, config.image_token_id),
-            [_TorchReader(model) for _ in range(conversations)],
+            Caches([_TorchReader(model) for _ in range(conversations)]),
             context_tokens=config.text_config.max_position_embeddings,
             tile_size=tower.tile_size,
             max_tiles=config.max_tiles,

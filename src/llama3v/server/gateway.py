@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -176,46 +177,48 @@ def most_tokens(gateway: Gateway, key: Key | None) -> int:
 def submit(gateway: Gateway, asked: Asked) -> Ticket:
     """Queue a request. Raises ApiError (429, 503)."""
 
-    def work(ticket: Ticket) -> Iterator[Text | Finished]:
+    def work(ticket: Ticket) -> None:
         asked.report.queue_seconds = ticket.queue_seconds
+        texts: list[str] = []
         for number, question in enumerate(asked.questions):
-            for step in gateway.model.answers(ticket, question, asked.samplings, asked.sight):
-                yield replace(step, choice=step.choice + number * len(asked.samplings))
+            hear = functools.partial(_hear, asked.report, ticket, texts, number * len(asked.samplings))
+            gateway.model.answers(ticket, question, asked.samplings, asked.sight, hear)
+        if not ticket.cancelled.is_set():
+            gateway.metrics.answered(asked.report)
+            _log(gateway, asked, "".join(texts))
 
     most_waiting = asked.key.max_waiting if asked.key else None
-    return gateway.scheduler.submit(asked.client, _logged(gateway, asked, work), most_waiting=most_waiting)
+    return gateway.scheduler.submit(asked.client, work, most_waiting=most_waiting)
 
 
-def _logged(
-    gateway: Gateway, asked: Asked, work: Callable[[Ticket], Iterator[Any]]
-) -> Callable[[Ticket], Iterator[Any]]:
-    """Count, and where the operator asks for it write down, what was asked and answered."""
+def _hear(report: Report, ticket: Ticket, texts: list[str], first: int, step: Text | Finished) -> None:
+    """Count and pass on what was said. `first`: number of this question's first answer."""
+    if first:
+        step = replace(step, choice=step.choice + first)
+    if isinstance(step, Text):
+        report.text_came()
+        texts.append(step.text)
+    else:
+        report.finished.append(step)
+    ticket.put(step)
 
-    def counted(ticket: Ticket) -> Iterator[Any]:
-        texts: list[str] = []
-        for step in work(ticket):
-            if isinstance(step, Text):
-                asked.report.text_came()
-                texts.append(step.text)
-            else:
-                asked.report.finished.append(step)
-            yield step
-        gateway.metrics.answered(asked.report)
-        if gateway.config.log_prompts:
-            asking = [turn.text for question in asked.questions for turn in question.turns]
-            log.info("asked %r, answered %r", asking, "".join(texts))
 
-    return counted
+def _log(gateway: Gateway, asked: Asked, answered: str) -> None:
+    """Where the operator asks for it: what was asked and answered."""
+    if gateway.config.log_prompts:
+        asking = [turn.text for question in asked.questions for turn in question.turns]
+        log.info("asked %r, answered %r", asking, answered)
 
 
 async def _whole(asked: Asked, ticket: Ticket) -> Response:
     count = len(asked.questions) * len(asked.samplings)
     texts = [""] * count
     tokens: list[list[Any]] = [[] for _ in range(count)]
-    async for step in ticket:
-        if isinstance(step, Text):
-            texts[step.choice] += step.text
-            tokens[step.choice] += step.tokens
+    while steps := await ticket.take():
+        for step in steps:
+            if isinstance(step, Text):
+                texts[step.choice] += step.text
+                tokens[step.choice] += step.tokens
     if len(asked.report.finished) < count:  # the work was cancelled, by the end of the server
         raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
     content = asked.shape.whole(texts, tokens if asked.with_tokens else None, asked.report)
@@ -252,7 +255,7 @@ class Events(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with asyncio.timeout_at(self._deadline):
-                async for data in _with_signs_of_life(self._events()):
+                async for data in self._events():
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
@@ -266,40 +269,30 @@ class Events(Response):
                 await send({"type": "http.response.body", "body": event(error.body()), "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        asked, begun = self._asked, set()
-        async for step in self._ticket:
-            if step.choice not in begun:
-                begun.add(step.choice)
-                for chunk in asked.shape.begin(step.choice):
-                    yield event(chunk)
-            if isinstance(step, Text):
-                yield event(asked.shape.text(step, asked.with_tokens))
-            else:
-                yield event(asked.shape.end(step))
+        """What has come, again and again; a comment whenever nothing comes for a while."""
+        asked, begun = self._asked, set[int]()
+        while (steps := await self._ticket.take(STILL_HERE_SECONDS)) != []:
+            yield STILL_HERE if steps is None else b"".join(self._chunks(steps, begun))
         if len(asked.report.finished) < len(asked.questions) * len(asked.samplings):
             raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
         if asked.include_usage:
             yield event(asked.shape.usage(asked.report))
         yield DONE
 
+    def _chunks(self, steps: Sequence[Text | Finished], begun: set[int]) -> Iterator[bytes]:
+        shape, with_tokens = self._asked.shape, self._asked.with_tokens
+        for step in steps if with_tokens else joined(steps):
+            if step.choice not in begun:
+                begun.add(step.choice)
+                for chunk in shape.begin(step.choice):
+                    yield event(chunk)
+            yield shape.text_event(step, with_tokens) if isinstance(step, Text) else event(shape.end(step))
 
-async def _with_signs_of_life(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever there was none for a while."""
-    following: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({following}, timeout=STILL_HERE_SECONDS)
-            if not done:
-                yield STILL_HERE
-                continue
-            try:
-                data = following.result()
-            except StopAsyncIteration:
-                return
-            following = None
-            yield data
-    finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+
+def joined(steps: Sequence[Text | Finished]) -> Iterator[Text | Finished]:
+    """Texts that follow one another as one: who reads slower than the model writes gets more at a time."""
+    for (choice, is_text), group in itertools.groupby(steps, lambda step: (step.choice, isinstance(step, Text))):
+        if is_text:
+            yield Text(choice, "".join(step.text for step in group if isinstance(step, Text)))
+        else:
+            yield from group

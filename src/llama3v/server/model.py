@@ -1,12 +1,12 @@
 """A model as the gateway sees it: prompts that are counted before they wait, and answers as steps of work."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llama3v.engines.base import Counts, Generation, Sampling
+from llama3v.engines.base import Counts, Sampling
 from llama3v.engines.cached import CachedEngine
 from llama3v.engines.prefix import SeenImage
 from llama3v.engines.turns import FairLock
@@ -118,17 +118,26 @@ class ServedModel:
             raise refused("The text is not valid Unicode.", code="invalid_text", param="prompt") from None
 
     def answers(
-        self, ticket: Ticket, question: Question, samplings: Sequence[Sampling], sight: Sight
-    ) -> Iterator[Text | Finished]:
-        """One answer after the other, one for each of `samplings`: work for the scheduler."""
+        self,
+        ticket: Ticket,
+        question: Question,
+        samplings: Sequence[Sampling],
+        sight: Sight,
+        hear: Callable[[Text | Finished], None],
+    ) -> None:
+        """One answer after the other, one for each of `samplings`: work for the scheduler.
+
+        Args:
+            hear: gets what is said, maybe in another thread; it must not wait.
+        """
         for choice, sampling in enumerate(samplings):
             images = [self._image(picture, ticket, sight) for picture in question.pictures]
+            generation = self.engine.generate(
+                question.turns, images, max_new_tokens=question.max_new_tokens, sampling=sampling
+            )
+            ticket.on_cancel(generation.close)
             try:
-                generation: Generation = self.engine.generate(
-                    question.turns, images, max_new_tokens=question.max_new_tokens, sampling=sampling
-                )
-                ticket.on_cancel(generation.close)
-                yield from _pieces(choice, generation)
+                self.engine.run(generation, lambda piece, n=choice: hear(Text(n, piece.text, piece.tokens)))  # type: ignore[misc]
             except Cancelled:
                 return
             except PromptError:  # all else was refused before it waited (`question`)
@@ -137,9 +146,11 @@ class ServedModel:
                     code="invalid_json_schema",
                     param="response_format",
                 ) from None
+            finally:
+                generation.close()
             if generation.finish == "closed":
                 return
-            yield Finished(choice, str(generation.finish), generation.counts)
+            hear(Finished(choice, str(generation.finish), generation.counts))
 
     def _image(self, picture: Picture, ticket: Ticket, sight: Sight) -> SeenImage:
         rows = picture.grid.tiles * self.engine.renderer.tokens_per_tile
@@ -178,11 +189,3 @@ def for_engine(engine: CachedEngine, tokens: np.ndarray) -> Any:
 
         return mlx.core.array(tokens)
     return tokens
-
-
-def _pieces(choice: int, generation: Generation) -> Iterator[Text]:
-    try:
-        for piece in generation:
-            yield Text(choice, piece.text, piece.tokens)
-    finally:
-        generation.close()

@@ -89,6 +89,7 @@ class Shape:
             "created": int(time.time()),
             "model": model,
         }
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def whole(self, texts: Sequence[str], tokens: Sequence[Sequence[Token]] | None, report: Report) -> dict[str, Any]:
         """The whole response; `tokens` of each answer where log-probabilities are asked for."""
@@ -112,6 +113,17 @@ class Shape:
         odds = {"content": [_logprob(token) for token in text.tokens]} if with_tokens else None
         return self._chunk(text.choice, {"delta": {"content": text.text}} if self.chat else {"text": text.text}, odds)
 
+    def text_event(self, text: Text, with_tokens: bool) -> bytes:
+        """`text` as a server-sent event. All of them are alike but for the text, so the rest is written once."""
+        if with_tokens:
+            return event(self.text(text, with_tokens))
+        if text.choice not in self._frames:
+            frame = event(self.text(Text(text.choice, _MARK), with_tokens))
+            before, _, after = frame.rpartition(to_json(_MARK))
+            self._frames[text.choice] = before, after
+        before, after = self._frames[text.choice]
+        return before + to_json(text.text) + after
+
     def end(self, finished: Finished) -> dict[str, Any]:
         """The end of an answer."""
         return self._chunk(finished.choice, {"delta": {}} if self.chat else {"text": ""}, None, finished.reason)
@@ -127,6 +139,9 @@ class Shape:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         entry = {"index": choice, **said, "logprobs": odds, "finish_reason": reason}
         return {**self._base, "object": kind, "choices": [entry]}
+
+
+_MARK = "\0the text"
 
 
 def event(data: dict[str, Any]) -> bytes:

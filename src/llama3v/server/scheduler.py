@@ -1,8 +1,7 @@
 """Who is answered next: a bounded queue, fair between clients, and as many workers as the engine holds conversations.
 
-Work is a generator that runs in one worker's thread from its first step to its last; what it yields reaches the event
-loop through a `Ticket`. Nobody waits for a slow reader: what it has not read stays in its ticket, and an answer is never
-longer than `max_new_tokens`.
+Work runs in one worker's thread; what it puts into its `Ticket`, from whatever thread, reaches the event loop. Nobody waits
+for a slow reader: what it has not read stays in its ticket, and an answer is never longer than `max_new_tokens`.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,34 +17,101 @@ from llama3v.server.errors import ApiError, internal_error
 
 log = logging.getLogger("llama3v.server")
 
-Work = Callable[["Ticket"], Iterator[Any]]
+Work = Callable[["Ticket"], None]
 
 _END = object()
 
 
+class _Post:
+    """Carries events from the threads of the work into the event loop, all that wait in one turn of it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[Ticket, Any]] = deque()
+        self._called = False
+
+    def send(self, ticket: "Ticket", event: Any) -> None:
+        self._waiting.append((ticket, event))
+        if self._called:
+            return
+        self._called = True
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # the loop has ended, and with it whoever waited
+            self._called = False
+            ticket.cancelled.set()
+
+    def _deliver(self) -> None:
+        self._called = False  # first: what comes from now on may need another turn
+        while self._waiting:
+            ticket, event = self._waiting.popleft()
+            ticket.arrived(event)
+
+
 class Ticket:
-    """One piece of work, seen from the event loop: iterate over it for what it yields.
+    """One piece of work, seen from the event loop: `take` what it puts.
 
     Attributes:
         cancelled: the work is not wanted any more; it looks at this between its steps.
         queue_seconds: how long it waited for a worker.
     """
 
-    def __init__(self, client: str, work: Work) -> None:
+    def __init__(self, client: str, work: Work, post: _Post) -> None:
         self.client = client
         self.cancelled = threading.Event()
         self.queue_seconds = 0.0
         self._work = work
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._post = post
         self._made = time.perf_counter()
         self._close: Callable[[], None] | None = None
+        # of the event loop:
+        self._events: list[Any] = []
+        self._error: Exception | None = None
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        while (event := await self._events.get()) is not _END:
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+    async def take(self, seconds: float | None = None) -> list[Any] | None:
+        """All that was put since the last time, at least one; [] at the end; None where nothing comes for `seconds`.
+
+        Raises what the work raised.
+        """
+        if not self._events and not self._ended:
+            await self._wait(seconds)
+        events, self._events = self._events, []
+        if events:
+            return events
+        if self._error is not None:
+            raise self._error
+        return [] if self._ended else None
+
+    async def _wait(self, seconds: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = None if seconds is None else loop.call_later(seconds, self._wake)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def arrived(self, event: Any) -> None:
+        """An event has come; called in the event loop."""
+        if event is _END:
+            self._ended = True
+        elif isinstance(event, Exception):
+            self._error, self._ended = event, True
+        else:
+            self._events.append(event)
+        self._wake()
+
+    def put(self, event: Any) -> None:
+        """Something for who asked; from any thread. Never waits."""
+        self._post.send(self, event)
 
     def on_cancel(self, close: Callable[[], None]) -> None:
         """What interrupts the step that is under way; may be called from any thread."""
@@ -60,28 +126,17 @@ class Ticket:
             self._close()
 
     def run(self) -> None:
-        """All steps of the work, in this thread."""
+        """All of the work, in this thread."""
         self.queue_seconds = time.perf_counter() - self._made
-        steps = self._work(self)
         try:
-            for event in steps:
-                if self.cancelled.is_set():
-                    break
-                self._put(event)
+            if not self.cancelled.is_set():
+                self._work(self)
+            self.put(_END)
         except Exception as error:  # one request must not end the worker, or its neighbours
             if not isinstance(error, ApiError):
                 log.error("a request failed: %s", type(error).__name__, exc_info=error)
                 error = internal_error()
-            self._put(error)
-        finally:
-            steps.close()  # type: ignore[attr-defined]
-            self._put(_END)
-
-    def _put(self, event: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has ended, and with it whoever waited
-            self.cancelled.set()
+            self.put(error)
 
 
 @dataclass
@@ -133,6 +188,7 @@ class Scheduler:
         self._closed = False
         self._mean_seconds = 1.0  # of the latest pieces of work
         self._active: set[Ticket] = set()
+        self._post: _Post | None = None  # of the event loop that submits
         self._threads = [
             threading.Thread(target=self._serve, name=f"llama3v-engine-{number}", daemon=True)
             for number in range(workers)
@@ -153,7 +209,8 @@ class Scheduler:
 
         Raises ApiError: 429 where there is no place, 503 where the server is about to end.
         """
-        ticket = Ticket(client, work)
+        self._post = self._post or _Post()
+        ticket = Ticket(client, work, self._post)
         with self._changed:
             if self._closed:
                 raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
