@@ -175,19 +175,20 @@ def test_any_flipped_bit_of_a_shard_or_index_is_detected_named_and_encoded_anew(
 def test_verify_finds_any_flipped_bit_and_is_content_once_it_is_encoded_anew(
     tmp_path: Path, codec: str, suffix: str
 ) -> None:
-    paths = CachePaths(tmp_path, fingerprint_of(manifest_in(codec)))
     generator = random.Random(suffix)
-    for _ in range(8):
-        write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
-        live = sorted({record.shard for record in CacheReader(tmp_path).records()})
+    for number in range(8):
+        root = tmp_path / str(number)  # of its own: a mended shard holds bytes that no record needs any more
+        paths = CachePaths(root, fingerprint_of(manifest_in(codec)))
+        write(str(root), range(RECORDS), PER_SHARD, codec=codec)
+        live = sorted({record.shard for record in CacheReader(root).records()})
         path = paths.shards / f"{generator.choice(live)}.{suffix}"
         flip(path, generator.randrange(8 * path.stat().st_size))
         with pytest.raises(CacheError, match=f"1 damaged (records|shards): .* in shard {path.stem}"):
-            cache(CacheConfig("verify", tmp_path))
-        write(str(tmp_path), range(RECORDS), PER_SHARD, codec=codec)
-        result = cache(CacheConfig("verify", tmp_path))[paths.fingerprint]
+            cache(CacheConfig("verify", root))
+        write(str(root), range(RECORDS), PER_SHARD, codec=codec)
+        result = cache(CacheConfig("verify", root))[paths.fingerprint]
         assert (result["records"], result["damaged"]) == (RECORDS, [])
-        assert check_records(tmp_path, RECORDS, codec) == RECORDS
+        assert check_records(root, RECORDS, codec) == RECORDS
 
 
 def read_all(root: Path, codec: str) -> None:
