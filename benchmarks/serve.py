@@ -10,8 +10,10 @@ Three parts, all over loopback with the same client:
    tenth is read slowly. Each answer that ends is compared with the answer alone; afterwards nothing may be left in work, and
    the server's memory is stated at the beginning and at the end.
 
-The projector is untrained: what is measured is speed and sameness. With the embedded LLM, whose token takes less than a
-millisecond, it is the servers alone; --llm takes a larger one, --pair a whole pair.
+The projector is untrained: what is measured is speed and sameness. The embedded LLM ends most answers after a token or two,
+so that with it requests are measured, the servers alone; --llm takes one that says more, --pair a whole pair. Tokens are
+those of the texts that arrive, counted by the pair's tokenizer: servers differ in whether the token that ends an answer is in
+their `usage`.
 """
 
 import argparse
@@ -22,18 +24,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx2
+from tokenizers import Tokenizer
 
 from benchmarks.common import ROOT, row, write_results
 from benchmarks.serve_clients import TEXTS, Timing, load, mixed, picture, question, together
 
 CONTEXT = 1024
+Count = Callable[[str], int]
 _ANSWER = 32
 
 
@@ -87,19 +91,27 @@ def memory_mb(process: subprocess.Popen, name: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+)", words)[1]) / 1024  # type: ignore[index]
 
 
-def compared(ours: str, peer: str, part: str, bodies: list[dict[str, Any]], clients: int, rounds: int) -> list[dict]:
+def compared(
+    ours: str, peer: str, part: str, bodies: list[dict[str, Any]], clients: int, rounds: int, tokens_of: Count
+) -> list[dict]:
     """Rows of one kind of question, both servers in turns; the first round is not counted."""
-    seconds: dict[str, list[float]] = {ours: [], peer: []}
+    speeds: dict[str, list[float]] = {ours: [], peer: []}
+    requests: dict[str, list[float]] = {ours: [], peer: []}
     timings: dict[str, list[Timing]] = {ours: [], peer: []}
     for number in range(rounds + 1):
         for address in (ours, peer):
             found, whole = asyncio.run(together(address, bodies, clients))
             if number:
-                seconds[address].append(sum(timing.tokens for timing in found) / whole)
+                speeds[address].append(sum(tokens_of(timing.text) for timing in found) / whole)
+                requests[address].append(len(found) / whole)
                 timings[address] += found
-    rate = {address: median(values) for address, values in seconds.items()}
     note = f"{clients} clients, {len(bodies)} questions, {rounds} rounds"
-    rows = [row(f"{part}: tokens/s", rate[ours], rate[peer], unit="tokens/s", note=note)]
+    said = {address: sum(tokens_of(timing.text) for timing in found) / len(found) for address, found in timings.items()}
+    rows = [
+        row(f"{part}: tokens/s", median(speeds[ours]), median(speeds[peer]), unit="tokens/s", note=note),
+        row(f"{part}: requests/s", median(requests[ours]), median(requests[peer]), unit="requests/s", note=note),
+        row(f"{part}: tokens an answer", said[ours], said[peer], unit="tokens", note="of its text, without the end"),
+    ]
     for share in (50, 99):
         first = {address: quantile([timing.first for timing in timings[address]], share) for address in (ours, peer)}
         rows.append(row(f"{part}: first text p{share}", first[ours], first[peer], unit="s", note=note))
@@ -180,15 +192,20 @@ def measure(pair: Path, given: argparse.Namespace) -> list[dict]:
     serve = [sys.executable, "-m", "llama3v", "serve", str(pair), "--port", str(ports[0]), "--warmup"]
     serve += ["--parallel", "4", "--queue", "256"]
     files = [str(pair / name) for name in ("model.gguf", "mmproj.gguf")]
+    tokenizer = Tokenizer.from_file(str(pair / "tokenizer.json"))
+
+    def tokens_of(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
     peer = [sys.executable, "-m", "benchmarks.serve_peer", *files, str(ports[1]), "4", str(CONTEXT)]
     url = picture(0, (90, 90))
     texts = [question(f"{TEXTS[n % 6]} {n}", tokens=_ANSWER) for n in range(given.questions)]
     about = [question(f"{TEXTS[n % 6]} {n}", url, tokens=_ANSWER) for n in range(given.questions)]
     with child(serve, ports[0]) as (ours, process):
         with child(peer, ports[1]) as (theirs, _):
-            rows = compared(ours, theirs, "text, one client", texts[: given.questions // 4], 1, given.rounds)
-            rows += compared(ours, theirs, "text", texts, 8, given.rounds)
-            rows += compared(ours, theirs, "a repeated picture", about, 8, given.rounds)
+            rows = compared(ours, theirs, "text, one client", texts[: given.questions // 4], 1, given.rounds, tokens_of)
+            rows += compared(ours, theirs, "text", texts, 8, given.rounds, tokens_of)
+            rows += compared(ours, theirs, "a repeated picture", about, 8, given.rounds, tokens_of)
         return rows + under_load(ours, process, given.clients, given.seconds)
 
 
