@@ -158,7 +158,9 @@ async def load(address: str, bodies: Sequence[dict[str, Any]], clients: int, sec
                 if isinstance(answer, Timing):
                     found.statuses[200] += 1
                     found.right += answer.text == expected[place]
-                    found.wrong += answer.text != expected[place]
+                    if answer.text != expected[place]:
+                        found.wrong += 1
+                        print(f"question {place}: {answer.text!r}, alone {expected[place]!r}", flush=True)
                     if not slow:
                         found.timings.append(answer)
                 elif answer is not None:

@@ -41,7 +41,9 @@ def health(raw: socket.socket) -> None:
     raw.sendall(REQUEST + b"\r\n")
     answer = b""
     while not answer.endswith(b'{"status":"ok"}'):
-        answer += raw.recv(2**16)
+        part = raw.recv(2**16)
+        assert part, "the server closed the connection"
+        answer += part
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
