@@ -31,7 +31,8 @@ class ShortAnswers(Task):
             yield from _questions(row)
 
     def parse(self, answer: str, sample: TaskSample) -> Parsed | None:
-        return normalise_evalai(answer) or None
+        """Also "" of "A", which normalises to nothing, as a reference "a" does."""
+        return normalise_evalai(answer) if answer.strip() else None
 
     def score(self, parsed: Parsed, sample: TaskSample) -> float:
         return float(parsed in [normalise_evalai(reference) for reference in sample.references])

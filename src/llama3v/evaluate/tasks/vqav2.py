@@ -33,7 +33,11 @@ class VqaV2(Task):
         )
 
     def parse(self, answer: str, sample: TaskSample) -> Parsed | None:
-        return normalise_vqa(answer) or None
+        """Also "" of "A", which normalises to nothing: the annotators' "a" does, too."""
+        return normalise_vqa(answer) if answer.strip() else None
+
+    def guess(self, answer: str, sample: TaskSample) -> Parsed | None:
+        return ""  # the rule compares it with the annotators' as any other
 
     def score(self, parsed: Parsed, sample: TaskSample) -> float:
         references = [normalise_vqa(reference) for reference in sample.references]
