@@ -1,16 +1,19 @@
 """Answering a task with an engine that is a plain function: conditions, resumption, sums and comparisons."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from llama3v.data.sources.base import BytesImage
 from llama3v.engines.base import Question
 from llama3v.errors import DataError
 from llama3v.evaluate.run import answer_task, images_shown
+from llama3v.evaluate.specs import image_keys
 from llama3v.evaluate.summary import compare_runs, summarise
 from llama3v.evaluate.tasks import open_task
-from llama3v.evaluate.tasks.base import Task
+from llama3v.evaluate.tasks.base import Task, TaskSample
 
 LIMIT = 40
 
@@ -61,11 +64,67 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(probes: Task, tmp_path: P
 
 def test_a_wrong_image_is_never_of_the_same_picture_and_always_of_as_many(probes: Task) -> None:
     samples = list(probes.samples(LIMIT))
-    for sample, images in zip(samples, images_shown(samples, "wrong image"), strict=True):
+    keys = image_keys(samples)
+    for sample, images in zip(samples, images_shown(samples, "wrong image", keys), strict=True):
         assert len(images) == 1
         assert images[0].name != sample.images[0].name
-    with pytest.raises(DataError, match="no other picture"):
-        images_shown(samples[:2], "wrong image")  # two questions about one picture
+
+
+def about(id: str, *colours: str) -> TaskSample:
+    """A sample about pictures of these colours; its images' names are its own."""
+    images = tuple(BytesImage(f"{id}/{number}", colour.encode()) for number, colour in enumerate(colours))
+    return TaskSample(id, images, "What?", ("red",))
+
+
+def test_a_sample_with_more_images_than_all_others_is_shown_those_of_several() -> None:
+    samples = [about("1", "red"), about("2", "blue"), about("5", "a", "b", "c", "d", "e"), about("0")]
+    shown = images_shown(samples, "wrong image", image_keys(samples))
+    names = [[one.name for one in images] for images in shown]
+    assert names == [["2/0"], ["5/0"], ["1/0", "2/0", "1/0", "2/0", "1/0"], []]
+
+
+def test_a_copy_of_the_picture_under_another_name_is_no_wrong_image() -> None:
+    samples = [about("1", "red"), about("2", "red"), about("3", "blue")]
+    assert [images[0].name for images in images_shown(samples, "wrong image", image_keys(samples))] == [
+        "3/0",
+        "3/0",
+        "1/0",
+    ]
+
+
+class Counting:
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    def answer_batch(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
+        self.asked += len(questions)
+        return [self.answer] * len(questions)
+
+
+def test_a_control_that_cannot_be_asked_is_told_before_anything_is(tmp_path: Path) -> None:
+    engine = Counting("red")
+    with pytest.raises(DataError, match="no other picture can stand in for its own; take more samples"):
+        answer_task(engine, open_task("short=x"), tmp_path / "a.jsonl", samples=[about("1", "red"), about("2", "red")])
+    assert engine.asked == 0
+
+
+def test_stored_answers_are_scored_by_the_rule_and_the_references_of_now(tmp_path: Path) -> None:
+    task, engine, out = open_task("short=x"), Counting("red"), tmp_path / "a.jsonl"
+    (first,) = answer_task(engine, task, out, conditions=["right image"], samples=[about("1", "pixels")])
+    out.write_text(out.read_text().replace('"score": 1.0', '"score": 0.0').replace('"parsed": "red"', '"parsed": null'))
+    (again,) = answer_task(engine, task, out, conditions=["right image"], samples=[about("1", "pixels")])
+    assert (again, engine.asked) == (first, 1)
+    other = replace(about("1", "pixels"), references=("blue",), category="colour")
+    (found,) = answer_task(engine, task, out, conditions=["right image"], samples=[other])
+    assert (found.score, found.references, found.category, engine.asked) == (0.0, ("blue",), "colour", 1)
+
+
+def test_another_picture_under_the_same_name_is_asked_about_anew(tmp_path: Path) -> None:
+    task, engine, out = open_task("short=x"), Counting("red"), tmp_path / "a.jsonl"
+    for colour, asked in (("red", 1), ("red", 1), ("blue", 2)):
+        answer_task(engine, task, out, conditions=["right image"], samples=[about("1", colour)])
+        assert engine.asked == asked
 
 
 def test_answers_to_other_prompts_are_refused(probes: Task, tmp_path: Path) -> None:

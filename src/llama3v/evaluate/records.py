@@ -29,6 +29,7 @@ class AnswerRecord:
     parsed: Parsed | None
     references: tuple[str, ...]
     score: float
+    pictures: tuple[str, ...] = ()  # hashes of the image files that were shown
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -45,8 +46,9 @@ class AnswerRecord:
     def from_json(cls, line: str) -> "AnswerRecord":
         """Raises ValueError, KeyError or TypeError where the line is no record."""
         values: dict[str, Any] = json.loads(line)
+        values = {"pictures": (), **values}  # older files have none: such an answer about images is asked again
         record = {one.name: values[one.name] for one in fields(cls)}
-        for name in ("images", "references", "parsed"):
+        for name in ("images", "references", "parsed", "pictures"):
             if isinstance(record[name], list):
                 record[name] = tuple(record[name])
         return cls(**record)

@@ -42,8 +42,7 @@ class LoadedTask:
     @cached_property
     def keys(self) -> dict[ImageRef, str]:
         """Image -> hash of its file's bytes, as the feature cache names it. Raises ImageError."""
-        images = dict.fromkeys(image for sample in self.samples for image in sample.images)
-        return {image: image_key(image.read()) for image in images}
+        return image_keys(self.samples)
 
     @cached_property
     def digest(self) -> str:
@@ -54,6 +53,12 @@ class LoadedTask:
             row = [sample.id, sample.prompt, list(sample.references), pictures]
             digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()
+
+
+def image_keys(samples: Sequence[TaskSample]) -> dict[ImageRef, str]:
+    """Image -> hash of its file's bytes, of all the samples' images. Raises ImageError."""
+    images = dict.fromkeys(image for sample in samples for image in sample.images)
+    return {image: image_key(image.read()) for image in images}
 
 
 def parse_specs(texts: Sequence[str], data: Path | None) -> list[TaskSpec]:

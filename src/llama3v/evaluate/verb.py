@@ -22,7 +22,7 @@ from llama3v.evaluate.contamination import Match, Trained, clean_samples, read_t
 from llama3v.evaluate.judge import Judge, judge_records, need_judge, open_judge
 from llama3v.evaluate.records import AnswerRecord, write_records
 from llama3v.evaluate.report import write_report
-from llama3v.evaluate.run import answer_task
+from llama3v.evaluate.run import answer_task, images_shown
 from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
 from llama3v.evaluate.specs import LoadedTask, load, parse_specs
 from llama3v.evaluate.subject import Subject, open_subject
@@ -50,6 +50,9 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
     started = time.perf_counter()
     tasks = [load(spec, config.limit) for spec in parse_specs(config.tasks, config.data)]  # bad data is told at once
     digests = {one.spec.label: one.digest for one in tasks}
+    for one in tasks:
+        for condition in _conditions(config):
+            images_shown(one.samples, condition, one.keys)  # so that a control that cannot be asked is told now, too
     judge = open_judge(config)
     for one in tasks:
         if isinstance(one.task, LlavaBench):
@@ -119,10 +122,7 @@ def _answer(
     config: EvalConfig, tasks: Sequence[LoadedTask], subject: Subject, judge: Judge | None
 ) -> dict[str, list[AnswerRecord]]:
     """Label -> records of all conditions."""
-    conditions = [
-        *(CONDITIONS if config.controls else CONDITIONS[:1]),
-        *([OVERVIEW] if config.detail == "both" else []),
-    ]
+    conditions = _conditions(config)
     progress = _progress()
     found: dict[str, list[AnswerRecord]] = {}
     try:
@@ -135,6 +135,7 @@ def _answer(
                     config.out / "answers" / f"{one.spec.label}.jsonl",
                     conditions=conditions,
                     samples=one.samples,
+                    keys=one.keys,
                     batch=config.batch,
                     show=subject.pictures.show,
                     advance=partial(progress.advance, bar),
@@ -150,6 +151,11 @@ def _answer(
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the answers so far are in {config.out}; the same command goes on from them") from stop
     return found
+
+
+def _conditions(config: EvalConfig) -> list[str]:
+    controls = CONDITIONS if config.controls else CONDITIONS[:1]
+    return [*controls, *([OVERVIEW] if config.detail == "both" else [])]
 
 
 def _progress() -> Progress:
