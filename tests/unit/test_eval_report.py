@@ -12,6 +12,7 @@ import llama3v
 from llama3v.config import EvalConfig
 from llama3v.engines.base import Question
 from llama3v.evaluate.published import our_row, published
+from llama3v.evaluate.table import notes
 from llama3v.evaluate.tasks import TASKS, open_task
 
 
@@ -54,6 +55,17 @@ def test_the_report_has_scores_controls_claims_categories_and_answers_with_pictu
         assert part in page
     assert "<b>no</b>" not in page  # an answer cannot become markup
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is loaded from anywhere
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "said"),
+    [(0.1, 0.3, "no sight shown"), (-0.1, 0.01, "WORSE than with wrong images"), (0.1, 0.01, None)],
+)
+def test_a_score_that_is_not_better_than_with_wrong_images_is_told(value: float, p: float, said: str | None) -> None:
+    against = {"p_value": p, "difference": {"value": value, "low": -1.0, "high": 1.0}}
+    row = {"label": "pope", "figure": "accuracy", "differences": {"wrong image": against}}
+    found = notes({"controls": True, "limit": None, "tasks": [row]})
+    assert [said in one for one in found] == ([True] if said else [])
 
 
 def test_our_row_is_the_published_figure_of_the_benchmark_in_per_cent(run: Path) -> None:

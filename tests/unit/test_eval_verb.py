@@ -188,4 +188,4 @@ def test_cached_features_and_overviews_reach_the_engine(
     assert sum(same) > 0.8 * len(same)  # cached features are rounded to bf16
     overviews = [answers[1][key] for key in answers[1] if key[1] == "overview only"]
     assert overviews != [answers[1]["probes", "right image", key[2]] for key in answers[1] if key[1] == "overview only"]
-    assert "slices changed the mean score by" in capsys.readouterr().out
+    assert "slices changed accuracy by" in capsys.readouterr().out

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import llama3v
-from llama3v.config import EvalConfig
-from llama3v.errors import ConfigError
+from llama3v.config import CompareConfig, EvalConfig
+from llama3v.errors import ConfigError, DataError
 from llama3v.evaluate.tasks import open_task
 from llama3v.evaluate.tasks.llava_bench import parse_verdict, question_for_judge
 from tests.endpoint import Endpoint, endpoint
@@ -65,8 +65,23 @@ def test_the_score_is_our_points_over_the_references_and_the_judge_is_named(
     assert right["figures"][row["figure"]]["value"] == pytest.approx(18 / 24)
     assert set(right["categories"]) == {"conv", "detail"}
     assert (blind["figures"][row["figure"]]["value"], blind["unparsed"]) == (0.25, pytest.approx(2 / 3))
+    assert row["differences"]["blind"]["difference"]["value"] == pytest.approx(18 / 24 - 0.25)  # of the figures
     assert again["conditions"] == row["conditions"]
     assert f"judged by sage at {judge.url}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_readable_verdict_there_is_no_score(
+    bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with endpoint(lambda asked: (200, "I cannot say")) as judge:
+        row = llama3v.eval(options(bench, tmp_path / "out", judge), Talking())["tasks"][0]
+    assert (row["conditions"]["right image"]["figures"], row["conditions"]["right image"]["unparsed"]) == ({}, 1.0)
+    assert row["differences"] == {}
+    assert "–" in capsys.readouterr().out
+    assert "no answer counts" in (tmp_path / "out" / "eval.html").read_text()
+    runs = CompareConfig(tmp_path / "out", tmp_path / "out")
+    with pytest.raises(DataError, match="not defined in both runs"):
+        llama3v.compare(runs)
 
 
 def test_the_judge_reads_context_question_reference_and_answer_in_the_benchmarks_form(bench: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from llama3v.errors import ConfigError, DataError
 from llama3v.evaluate.records import AnswerRecord, append_records, read_records, unparsed_share
 from llama3v.evaluate.statistics import bootstrap
+from llama3v.evaluate.summary import summarise
 from llama3v.evaluate.tasks import TASKS, open_task
 from llama3v.evaluate.tasks.base import Task, TaskSample
 
@@ -228,6 +230,27 @@ def test_pope_figures_are_those_of_its_own_script(task_of) -> None:
     assert figures["accuracy"] == pytest.approx(1 / 4)
     assert figures["yes ratio"] == pytest.approx(3 / 4)
     assert unparsed_share(records) == pytest.approx(1 / 4)
+
+
+def test_a_half_that_is_not_there_has_no_score(task_of) -> None:
+    task = task_of("chartqa")
+    human = [record(task, sample, "100") for sample in task.samples() if sample.category == "human"]
+    assert set(summarise(task, human, "right image").figures) == {"relaxed accuracy", "human"}
+
+
+def test_six_right_answers_of_pope_do_not_make_it_certain(task_of) -> None:
+    task = task_of("pope")
+    sample = next(task.samples())
+    alone = [replace(record(task, sample, "Yes"), id=str(number), cluster="") for number in range(6)]
+    figures = summarise(task, alone, "right image").figures
+    assert {name for name, one in figures.items() if one.value == 1 and one.low == pytest.approx(0.025 ** (1 / 6))} == {
+        "accuracy",
+        "F1",
+        "precision",
+        "recall",
+        "yes ratio",
+        "strict accuracy",
+    }
 
 
 def test_an_unparsed_option_is_drawn_by_the_sample_alone_and_stays_unparsed(task_of) -> None:

@@ -12,13 +12,14 @@ from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, read_records
 from llama3v.evaluate.summary import compare_settled
 from llama3v.evaluate.table import print_comparison
+from llama3v.evaluate.tasks import open_task
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare the tasks that both runs have; the table goes to stdout.
 
-    Returns the summary, with `difference` (the first's mean score less the second's, and its interval), `p_value` and
-    `test` of each task. Raises DataError where a directory holds no run, the two have no task in common, or a task was
+    Returns the summary, with `difference` (the first's headline figure less the second's, and its interval), `p_value`
+    and `test` of each task. Raises DataError where a directory holds no run, the two have no task in common, or a task was
     asked of other samples.
     """
     first, second = _read(config.first), _read(config.second)
@@ -54,9 +55,10 @@ def _row(config: CompareConfig, first: dict[str, Any], second: dict[str, Any]) -
     if first.get("judge") != second.get("judge"):
         raise DataError(f"{label}: judged by {first.get('judge')} and by {second.get('judge')}; judge both by one")
     ours, theirs = (_samples(directory, label, config.condition) for directory in (config.first, config.second))
-    comparison = asdict(compare_settled(label, ours, theirs))
-    means = {"first": _mean(ours), "second": _mean(theirs)}
-    return {"label": label, "task": first["task"], **means, **comparison}
+    found = compare_settled(open_task(f"{first['task']}=read already"), ours, theirs)
+    if found is None:
+        raise DataError(f"{label}: {first['figure']} is not defined in both runs: no answer counts for it")
+    return {"label": label, "task": first["task"], "figure": first["figure"], **asdict(found)}
 
 
 def _read(directory: Path) -> dict[str, dict[str, Any]]:
@@ -77,7 +79,3 @@ def _samples(directory: Path, label: str, condition: str) -> list[AnswerRecord]:
     if not found:
         raise DataError(f"{path}: no answers under the condition {condition!r}; was the run made with --no-controls?")
     return found
-
-
-def _mean(records: list[AnswerRecord]) -> float:
-    return sum(record.score for record in records) / len(records)

@@ -49,10 +49,14 @@ def published() -> Published:
 
 
 def our_row(summary: dict[str, Any]) -> dict[str, float]:
-    """Task -> our score in per cent, of the published benchmarks that a run asked, under their published figure."""
+    """Task -> our score in per cent, of the published benchmarks that a run asked, under their published figure, where
+    that is defined.
+    """
     figures = {one.task: one.figure for one in published().benchmarks}
     found: dict[str, float] = {}
     for row in summary["tasks"]:
         if row["task"] in figures and row["task"] not in found:
-            found[row["task"]] = 100 * row["conditions"]["right image"]["figures"][figures[row["task"]]]["value"]
+            ours = row["conditions"]["right image"]["figures"].get(figures[row["task"]])
+            if ours is not None:
+                found[row["task"]] = 100 * ours["value"]
     return found

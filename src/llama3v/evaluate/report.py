@@ -10,7 +10,7 @@ from llama3v.evaluate.published import our_row, published
 from llama3v.evaluate.records import AnswerRecord
 from llama3v.evaluate.sight import CONDITIONS, OVERVIEW
 from llama3v.evaluate.specs import LoadedTask
-from llama3v.evaluate.table import CONTROLS, headline, interval, notes, p_value, score
+from llama3v.evaluate.table import CONTROLS, headline, interval, notes, p_value, plain, score
 from llama3v.model.tiles import decode_image
 from llama3v.report import GalleryItem, Report
 
@@ -37,7 +37,7 @@ def write_report(
     report = Report(f"What {name} sees", _subtitle(summary))
     report.add_figures(
         [
-            (row["label"], _card(headline(row, "right image")), _controls_in_words(row) or row["figure"])
+            (row["label"], plain(headline(row, "right image")), _controls_in_words(row) or row["figure"])
             for row in summary["tasks"]
         ]
     )
@@ -61,14 +61,11 @@ def _subtitle(summary: dict[str, Any]) -> str:
     return f"{summary['model']} {where}: {samples:,} samples of {labels}"
 
 
-def _card(values: dict[str, float]) -> str:
-    return f"{values['value']:.3f}"
-
-
 def _controls_in_words(row: dict[str, Any]) -> str:
     values = headline(row, "right image")
-    parts = [f"{row['figure']}; 95 %: {values['low']:.3f} to {values['high']:.3f}"]
-    parts += [f"{name} {value:.3f}" for name in CONTROLS if (value := score(row, name)) is not None]
+    bounds = "no answer counts" if values is None else f"95 %: {values['low']:.3f} to {values['high']:.3f}"
+    parts = [f"{row['figure']}; {bounds}"]
+    parts += [f"{name} {value}" for name in CONTROLS if (value := score(row, name)) is not None]
     return "; ".join(parts)
 
 
@@ -84,10 +81,8 @@ def _reading(summary: dict[str, Any]) -> list[str]:
 def _add_scores(report: Report, summary: dict[str, Any]) -> None:
     rows = []
     for row in summary["tasks"]:
-        for name in row["conditions"]["right image"]["figures"]:
-            under = {
-                condition: values["figures"][name] for condition, values in row["conditions"].items()
-            }  # condition -> interval
+        for name in dict.fromkeys([row["figure"], *row["conditions"]["right image"]["figures"]]):
+            under = {condition: values["figures"].get(name) for condition, values in row["conditions"].items()}
             first = name == row["figure"]
             seen = row["differences"].get("wrong image") if first else None
             rows.append(
@@ -95,7 +90,7 @@ def _add_scores(report: Report, summary: dict[str, Any]) -> None:
                     _unbroken(row["label"]) if first else "",
                     name,
                     _unbroken(interval(under["right image"])),
-                    *(f"{under[condition]['value']:.3f}" if condition in under else None for condition in CONTROLS),
+                    *(plain(under[condition]) if condition in under else None for condition in CONTROLS),
                     _unbroken(p_value(seen["p_value"])) if seen else "",
                     f"{row['conditions']['right image']['unparsed']:.1%}" if first else "",
                     row["samples"] if first else "",
@@ -169,7 +164,7 @@ def _add_slicing(report: Report, summary: dict[str, Any]) -> None:
                 ]
             )
     if rows:
-        columns = ["task", "with slices", "overview only", "difference of the mean", "p", "better : worse"]
+        columns = ["task", "with slices", "overview only", "difference", "p", "better : worse"]
         report.add_table("What slicing changed", columns, rows, "The same samples, paired; 95 % intervals.")
 
 

@@ -12,10 +12,13 @@ from typing import TypeAlias
 import numpy as np
 
 Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Value: TypeAlias = Callable[[Array], Array]
+"""A figure of sums, [..., k] -> [...]."""
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _CHUNK = 2**22  # drawn indices in memory at a time
+_ROUNDING = 1e-9  # differences that are this small beside what they are differences of are rounding
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same samples. `difference` is the first's mean score less the second's."""
+    """A figure of two runs on the same samples. `difference` is the first's less the second's."""
 
+    first: float
+    second: float
     difference: Interval
     p_value: float
     test: str
@@ -39,72 +44,116 @@ class Comparison:
     second_better: int
 
 
+def share(sums: Array) -> Array:
+    """First sum over the second, [..., k] -> [...]: the mean of tallies (score, 1); nan, not defined, where the second is 0."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] != 0)
+
+
 def bootstrap(
     tallies: Sequence[Sequence[float]] | Array,
-    value: Callable[[Array], Array],
+    value: Value = share,
     clusters: Sequence[Hashable] | None = None,
     *,
+    bounds: tuple[float, float] = (0.0, 1.0),
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
-) -> Interval:
-    """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13) of a figure that is a function of sums.
+) -> Interval | None:
+    """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13) of a figure that is a function of sums; `unanimous`
+    where all draws are equal. None where the figure is not defined.
 
-    tallies: [n, k], what each sample adds. value: sums [..., k] -> figure [...]. clusters: the cluster of each sample.
+    tallies: [n, k], what each sample adds. value: sums [..., k] -> figure [...], nan where it is not defined: such draws
+    are left out. clusters: the cluster of each sample. bounds: least and largest that the figure can be.
     Raises ValueError without samples.
     """
     sums = _cluster_sums(np.asarray(tallies, dtype=np.float64), clusters)  # [c, k]
+    found = float(value(sums.sum(axis=0)))
+    if math.isnan(found):
+        return None
     drawn = np.concatenate([value(part) for part in _resampled_sums(sums, resamples, seed)])
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(value(sums.sum(axis=0))), float(low), float(high))
+    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if high - low > _ROUNDING * (bounds[1] - bounds[0]):
+        return Interval(found, float(low), float(high))
+    counted = int(np.count_nonzero(~np.isnan(value(sums))))
+    return unanimous(found, max(1, counted), bounds, confidence=confidence)
 
 
-def unanimous(value: float, most: float, clusters: int, *, confidence: float = CONFIDENCE) -> Interval:
-    """The interval of a mean score in [0, most] where every score is 0, or every score is `most`.
+def unanimous(
+    value: float, clusters: int, bounds: tuple[float, float] = (0.0, 1.0), *, confidence: float = CONFIDENCE
+) -> Interval:
+    """The interval of a figure that is the same in every cluster that counts for it.
 
-    Draws from equal scores are equal, so the bootstrap would claim to be certain. A score that differs may still have
-    a chance of up to 1 - ((1 - confidence) / 2) ** (1 / clusters): the exact bound of Clopper and Pearson (1934), for
-    independent clusters.
+    Draws from equal clusters are equal, so the bootstrap would claim to be certain. A cluster that differs may still have
+    a chance of up to 1 - ((1 - confidence) / 2) ** (1 / clusters), the exact bound of Clopper and Pearson (1934) for
+    independent clusters; and may take the figure that part of the way to either of its bounds.
     """
-    slack = most * (1 - ((1 - confidence) / 2) ** (1 / clusters))
-    return Interval(value, max(0.0, value - slack), min(most, value + slack))
+    slack = 1 - ((1 - confidence) / 2) ** (1 / clusters)
+    least, most = bounds
+    return Interval(value, value - slack * (value - least), value + slack * (most - value))
 
 
 def compare(
-    first: Sequence[float],
-    second: Sequence[float],
+    first: Sequence[Sequence[float]] | Array,
+    second: Sequence[Sequence[float]] | Array,
+    value: Value = share,
     clusters: Sequence[Hashable] | None = None,
     *,
+    most: float = 1.0,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
-) -> Comparison:
-    """Compare two runs by their scores on the same samples, in the same order.
+) -> Comparison | None:
+    """Compare a figure of two runs by what the same samples, in the same order, add to it. None where it is not defined.
 
-    The interval of the difference is a paired bootstrap. The p-value is McNemar's exact test where every score is 0 or
-    1 and samples are independent: it needs no resampling and is right for few samples. Partial credit has no
-    discordant pairs to count, and clusters break McNemar's independence: there it is a paired randomisation test,
-    which flips the signs of (clusters of) differences and is exact up to its draws, of which it makes `resamples`.
+    first, second: tallies [n, k]. value, clusters: as in `bootstrap`. most: the figure lies in [0, most].
+    The interval of the difference is a paired bootstrap. The p-value is McNemar's exact test where the figure is the mean
+    of scores 0 or 1 and samples are independent: it needs no resampling and is right for few samples. Partial credit has
+    no discordant pairs to count, and clusters break McNemar's independence: there, and for other figures, it is `swap_test`.
     Raises ValueError without samples or where the two differ in length.
     """
     if len(first) != len(second):
         raise ValueError(f"expected two runs on the same samples, found {len(first)} and {len(second)} scores")
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    counted = np.stack([difference, np.ones_like(difference)], axis=1)
+    ours, theirs = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    both = np.concatenate([ours, theirs], axis=-1)  # [n, 2k]
+    width = both.shape[-1] // 2
+
+    def difference(sums: Array) -> Array:
+        return value(sums[..., :width]) - value(sums[..., width:])
+
     interval = bootstrap(
-        counted,
-        lambda sums: sums[..., 0] / sums[..., 1],
+        both,
+        difference,
         clusters,
+        bounds=(-most, most),
         resamples=resamples,
         confidence=confidence,
         seed=seed,
     )
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    if interval is None:
+        return None
+    each = difference(both)  # nan, hence neither better nor worse, where a sample has no figure of its own
+    better, worse = int((each > 0).sum()), int((each < 0).sum())
     alone = clusters is None or len(set(clusters)) == len(clusters)
-    if alone and set(first) | set(second) <= {0.0, 1.0}:
-        return Comparison(interval, mcnemar(better, worse), "McNemar, exact", len(first), better, worse)
-    p_value = sign_flip(_cluster_sums(difference[:, None], clusters)[:, 0], resamples=resamples, seed=seed)
-    return Comparison(interval, p_value, "paired randomisation", len(first), better, worse)
+    if alone and value is share and _all_right_or_wrong(ours) and _all_right_or_wrong(theirs):
+        p_value, test = mcnemar(better, worse), "McNemar, exact"
+    else:
+        pairs = _cluster_sums(both, clusters)
+        p_value = swap_test(pairs[:, :width], pairs[:, width:], value, resamples=resamples, seed=seed)
+        test = "paired randomisation"
+    return Comparison(
+        first=float(value(ours.sum(axis=0))),
+        second=float(value(theirs.sum(axis=0))),
+        difference=interval,
+        p_value=p_value,
+        test=test,
+        samples=len(first),
+        first_better=better,
+        second_better=worse,
+    )
+
+
+def _all_right_or_wrong(tallies: Array) -> bool:
+    return bool((tallies[:, 1] == 1).all() and np.isin(tallies[:, 0], (0, 1)).all())
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
@@ -114,21 +163,26 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return min(1.0, 2 * tail / 2**pairs)
 
 
-def sign_flip(differences: Sequence[float] | Array, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p-value of the sum of differences when the sign of each is a fair coin (Fisher's randomisation).
+def swap_test(first: Array, second: Array, value: Value = share, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of the difference of two runs' figure when which run made which of each pair is a fair coin
+    (Fisher's randomisation).
 
-    The observed signs count as one of the draws, so the p-value is never 0 and the test never too eager.
+    first, second: [n, k], what each pair adds to either. It is exact up to its draws. The observed pairs count as one of
+    these, so the p-value is never 0 and the test never too eager.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    values = values[values != 0]  # they change no sum
-    if not len(values):
+    unlike = (first != second).any(axis=1)  # others change no sum
+    if not unlike.any():
         return 1.0
     generator = np.random.default_rng(seed)
-    reached = abs(values.sum()) * (1 - 1e-12)  # sums of the same numbers in another order differ by rounding
-    extreme, rows = 0, max(1, _CHUNK // len(values))
+    ours, both = first.sum(axis=0), first.sum(axis=0) + second.sum(axis=0)
+    change = (second - first)[unlike]  # [pairs, k], what a swap adds to the first run's sums
+    # the same numbers, summed in another order, differ by rounding
+    reached = abs(value(ours) - value(both - ours)) * (1 - _ROUNDING)
+    extreme, rows = 0, max(1, _CHUNK // len(change))
     for start in range(0, resamples, rows):
-        signs = generator.integers(0, 2, size=(min(rows, resamples - start), len(values))) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ values) >= reached).sum())
+        swaps = generator.integers(0, 2, size=(min(rows, resamples - start), len(change))).astype(np.float64)
+        drawn = ours + swaps @ change
+        extreme += int((~(np.abs(value(drawn) - value(both - drawn)) < reached)).sum())
     return (extreme + 1) / (resamples + 1)
 
 

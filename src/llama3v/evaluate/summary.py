@@ -1,11 +1,11 @@
 """From answer records to what is reported: figures with intervals, by category, the unparsed rate; and one run against another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, unparsed_share
-from llama3v.evaluate.statistics import Comparison, Interval, bootstrap, compare, unanimous
+from llama3v.evaluate.statistics import Comparison, Interval, bootstrap, compare
 from llama3v.evaluate.tasks.base import Figure, Task
 
 
@@ -19,29 +19,31 @@ class Summary:
     samples: int
     unparsed: float
     figures: dict[str, Interval]
+    """Those that are defined: no accuracy of one half where there is none of it, no ratio where nothing was read."""
     corpus: dict[str, float]
     """Figures of all answers together, without an interval."""
     categories: dict[str, Interval]
-    """The mean score of each category."""
+    """The headline of each category."""
 
 
 def summarise(task: Task, records: Sequence[AnswerRecord], condition: str) -> Summary:
     """Sum up a task's records under one condition. Raises DataError where there are none."""
     asked = _of(task, records, condition)
     settled = task.settle(asked)
-    figures = {figure.name: _interval(figure, settled) for figure in task.figures()}
     headline = task.figures()[0]
-    names = sorted({record.category for record in settled} - {""})
-    by_category = {name: [record for record in settled if record.category == name] for name in names}
+    by_category: dict[str, list[AnswerRecord]] = {}
+    for record in sorted(settled, key=lambda record: record.category):
+        if record.category:
+            by_category.setdefault(record.category, []).append(record)
     return Summary(
         task=task.name,
         condition=condition,
         rule=task.rule,
         samples=len(settled),
         unparsed=unparsed_share(asked),
-        figures=figures,
+        figures=_intervals({figure.name: (figure, settled) for figure in task.figures()}),
         corpus=task.corpus_figures(asked),
-        categories={name: _interval(headline, some) for name, some in by_category.items()},
+        categories=_intervals({name: (headline, some) for name, some in by_category.items()}),
     )
 
 
@@ -51,27 +53,33 @@ def compare_runs(
     second: Sequence[AnswerRecord],
     condition: str = "right image",
     against: str | None = None,
-) -> Comparison:
-    """The first run's scores against the second's, sample by sample: under one condition, or the second's under the
-    condition `against`. Raises DataError where they saw other samples.
+) -> Comparison | None:
+    """The first run's headline figure against the second's, paired by sample: under one condition, or the second's under
+    the condition `against`. None where either is not defined. Raises DataError where they saw other samples.
     """
     return compare_settled(
-        task.name, task.settle(_of(task, first, condition)), task.settle(_of(task, second, against or condition))
+        task, task.settle(_of(task, first, condition)), task.settle(_of(task, second, against or condition))
     )
 
 
-def compare_settled(name: str, first: Sequence[AnswerRecord], second: Sequence[AnswerRecord]) -> Comparison:
-    """The same of records that are settled already. `name` of the task is for the error."""
+def compare_settled(task: Task, first: Sequence[AnswerRecord], second: Sequence[AnswerRecord]) -> Comparison | None:
+    """The same of records that are settled already."""
     ours = {record.id: record for record in first}
     theirs = {record.id: record for record in second}
     if ours.keys() != theirs.keys():
         lone = sorted(ours.keys() ^ theirs.keys())
         raise DataError(
-            f"{name}: expected two runs on the same samples, found {len(lone)} in one alone "
+            f"{task.name}: expected two runs on the same samples, found {len(lone)} in one alone "
             f"({', '.join(lone[:3])} ...); run both with the same --limit"
         )
-    scores = [(ours[id].score, theirs[id].score) for id in ours]
-    return compare([one for one, _ in scores], [other for _, other in scores], [_cluster(ours[id]) for id in ours])
+    headline = task.figures()[0]
+    return compare(
+        [headline.tallies(ours[id]) for id in ours],
+        [headline.tallies(theirs[id]) for id in ours],
+        headline.value,
+        [_cluster(ours[id]) for id in ours],
+        most=headline.most,
+    )
 
 
 def _of(task: Task, records: Sequence[AnswerRecord], condition: str) -> list[AnswerRecord]:
@@ -81,14 +89,16 @@ def _of(task: Task, records: Sequence[AnswerRecord], condition: str) -> list[Ans
     return found
 
 
-def _interval(figure: Figure, records: Sequence[AnswerRecord]) -> Interval:
+def _intervals(asked: Mapping[str, tuple[Figure, Sequence[AnswerRecord]]]) -> dict[str, Interval]:
+    """Those of the figures that the records define."""
+    found = {name: _interval(figure, records) for name, (figure, records) in asked.items()}
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def _interval(figure: Figure, records: Sequence[AnswerRecord]) -> Interval | None:
     tallies = [figure.tallies(record) for record in records]
     clusters = [_cluster(record) for record in records]
-    found = bootstrap(tallies, figure.value, clusters)
-    if figure.most is None or found.low != found.high or found.value not in (0.0, figure.most):
-        return found
-    counted = {cluster for cluster, (_, count) in zip(clusters, tallies, strict=True) if count}
-    return unanimous(found.value, figure.most, len(counted)) if counted else found
+    return bootstrap(tallies, figure.value, clusters, bounds=(0.0, figure.most))
 
 
 def _cluster(record: AnswerRecord) -> tuple[str, str]:

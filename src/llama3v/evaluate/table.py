@@ -11,6 +11,8 @@ from rich.text import Text
 
 WIDEST = 110  # of what goes into a pipe
 CONTROLS = ("wrong image", "blind")
+UNDEFINED = "–"
+"""A figure for which no answer counts."""
 
 
 def print_scores(summary: dict[str, Any]) -> None:
@@ -28,7 +30,7 @@ def print_scores(summary: dict[str, Any]) -> None:
             Text(row["figure"]),
             f"{row['samples']:,}",
             interval(headline(row, "right image")),
-            *("not asked" if value is None else f"{value:.3f}" for value in controls),
+            *(value or "not asked" for value in controls),
             f"{row['conditions']['right image']['unparsed']:.1%}",
         )
     console.print(table)
@@ -78,6 +80,10 @@ def notes(summary: dict[str, Any]) -> list[str]:
             found.append(
                 f"{row['label']}: no better than with wrong images (p = {p_value(against['p_value'])}): no sight shown."
             )
+        elif against is not None and against["difference"]["value"] < 0:
+            found.append(
+                f"{row['label']}: WORSE than with wrong images (p = {p_value(against['p_value'])}): look at the answers."
+            )
         known = row.get("contamination")
         if known is not None:
             told = known["clean"] is not None and known["matches"]
@@ -89,24 +95,31 @@ def notes(summary: dict[str, Any]) -> list[str]:
         change = row["differences"].get("overview only")
         if change is not None:
             found.append(
-                f"{row['label']}: slices changed the mean score by {interval(change['difference'], sign=True)}, "
+                f"{row['label']}: slices changed {row['figure']} by {interval(change['difference'], sign=True)}, "
                 f"p = {p_value(change['p_value'])}."
             )
     return found
 
 
-def headline(row: dict[str, Any], condition: str) -> dict[str, float]:
-    """The headline figure of a task under a condition: {"value", "low", "high"}."""
-    found: dict[str, float] = row["conditions"][condition]["figures"][row["figure"]]
+def headline(row: dict[str, Any], condition: str) -> dict[str, float] | None:
+    """The headline figure of a task under a condition: {"value", "low", "high"}; None where no answer counts for it."""
+    found: dict[str, float] | None = row["conditions"][condition]["figures"].get(row["figure"])
     return found
 
 
-def score(row: dict[str, Any], condition: str) -> float | None:
-    """The headline figure alone; None where the condition was not asked."""
-    return headline(row, condition)["value"] if condition in row["conditions"] else None
+def score(row: dict[str, Any], condition: str) -> str | None:
+    """The headline figure alone, in words; None where the condition was not asked."""
+    return plain(headline(row, condition)) if condition in row["conditions"] else None
 
 
-def interval(values: dict[str, float], *, sign: bool = False) -> str:
+def plain(values: dict[str, float] | None) -> str:
+    """A figure without its interval."""
+    return UNDEFINED if values is None else f"{values['value']:.3f}"
+
+
+def interval(values: dict[str, float] | None, *, sign: bool = False) -> str:
+    if values is None:
+        return UNDEFINED
     form = "+.3f" if sign else ".3f"
     return f"{values['value']:{form}} [{values['low']:{form}}, {values['high']:{form}}]"
 

@@ -107,13 +107,14 @@ def _contamination(one: LoadedTask, records: Sequence[AnswerRecord], matches: Se
     clean = clean_samples(matches, {sample.id: [image.name for image in sample.images] for sample in one.samples})
     rest = [record for record in records if record.id in clean]
     headline = one.task.figures()[0].name
+    clean_score = summarise(one.task, rest, "right image").figures.get(headline) if rest else None
     same = sum(match.same_file for match in matches)
     return {
         "images": len(one.keys),
         "same_file": same,
         "near_duplicates": len(matches) - same,
         "clean_samples": len(clean),
-        "clean": asdict(summarise(one.task, rest, "right image").figures[headline]) if rest else None,
+        "clean": None if clean_score is None else asdict(clean_score),
         "matches": [asdict(match) for match in matches],
     }
 
@@ -172,6 +173,7 @@ def _row(one: LoadedTask, records: Sequence[AnswerRecord], conditions: Sequence[
     """What summary.json says of a task."""
     summaries = {name: summarise(one.task, records, name) for name in conditions}
     against = [name for name in conditions if name != "right image"]
+    differences = {name: compare_runs(one.task, records, records, against=name) for name in against}
     return {
         "label": one.spec.label,
         "task": one.task.name,
@@ -182,8 +184,8 @@ def _row(one: LoadedTask, records: Sequence[AnswerRecord], conditions: Sequence[
         "max_new_tokens": one.task.max_new_tokens,
         "figure": one.task.figures()[0].name,
         "conditions": {name: _plain(summary) for name, summary in summaries.items()},
-        # The right image's scores less those under another condition, of the same samples.
-        "differences": {name: asdict(compare_runs(one.task, records, records, against=name)) for name in against},
+        # The headline with the right image less that under another condition, of the same samples.
+        "differences": {name: asdict(found) for name, found in differences.items() if found is not None},
     }
 
 

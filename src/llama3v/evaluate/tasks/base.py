@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar, TypeAlias
 
-import numpy as np
-
 from llama3v.data.sources.base import ImageRef
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, Parsed
-from llama3v.evaluate.statistics import Array
+from llama3v.evaluate.statistics import Value, share
 from llama3v.evaluate.tasks.rows import Row, find_files, read_rows
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -52,26 +50,20 @@ Tallies: TypeAlias = Callable[[AnswerRecord], Sequence[float]]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of many answers: `value` of the sums of what each answer adds.
+    """A figure of many answers, from 0 to `most`: `value` of the sums of what each answer adds.
 
     Written like this, an accuracy, an F1 and the accuracy of one half can all be resampled for their interval.
-    `most` is the largest score where the figure is a mean of scores from 0 on, else None.
     """
 
     name: str
     tallies: Tallies
-    value: Callable[[Array], Array]  # [..., k] sums -> [...]
-    most: float | None = None
-
-
-def share(sums: Array) -> Array:
-    """First sum over the second; 0 where the second is 0."""
-    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] != 0)
+    value: Value = share
+    most: float = 1.0
 
 
 def mean_score(name: str, among: Callable[[AnswerRecord], bool] = lambda record: True, *, most: float = 1.0) -> Figure:
     """The mean score of the answers that `among` picks; `most` is the largest one."""
-    return Figure(name, lambda record: (record.score, 1.0) if among(record) else (0.0, 0.0), share, most)
+    return Figure(name, lambda record: (record.score, 1.0) if among(record) else (0.0, 0.0), most=most)
 
 
 class Task(ABC):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from llama3v.data.sources.base import ImageRef
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, Parsed
-from llama3v.evaluate.tasks.base import Figure, Task, TaskSample, share
+from llama3v.evaluate.tasks.base import Figure, Task, TaskSample
 from llama3v.evaluate.tasks.rows import Row, read_rows
 
 HIGHEST = 10.0
@@ -89,7 +89,7 @@ class LlavaBench(Task):
         return 0.0
 
     def figures(self) -> tuple[Figure, ...]:
-        return (Figure("points over GPT-4's", _points, share),)
+        return (Figure("points over GPT-4's", _points, most=HIGHEST),)
 
     def judged_record(self, record: AnswerRecord, review: str) -> AnswerRecord:
         """The record with the judge's verdict in the place of what was read out of the answer."""

@@ -11,7 +11,8 @@ import string
 import numpy as np
 
 from llama3v.evaluate.records import AnswerRecord, Parsed
-from llama3v.evaluate.tasks.base import SHORT_PROMPT, Array, Figure, Task, TaskSample, mean_score, share
+from llama3v.evaluate.statistics import Array, share
+from llama3v.evaluate.tasks.base import SHORT_PROMPT, Figure, Task, TaskSample, mean_score
 from llama3v.evaluate.tasks.rows import Row
 
 _MARKS = string.punctuation + string.whitespace
@@ -59,7 +60,7 @@ class Pope(Task):
             Figure("precision", _counts, lambda sums: share(sums[..., [0, 3]])),
             Figure("recall", _counts, lambda sums: share(sums[..., [0, 4]])),
             Figure("yes ratio", _counts, lambda sums: share(sums[..., [3, 5]])),
-            Figure("strict accuracy", _strict, share),
+            Figure("strict accuracy", _strict),
         )
 
 
@@ -75,6 +76,6 @@ def _strict(record: AnswerRecord) -> tuple[float, float]:
 
 
 def _f1(sums: Array) -> Array:
-    """2 TP / (2 TP + FP + FN), which is the harmonic mean of precision and recall."""
+    """2 TP / (2 TP + FP + FN), which is the harmonic mean of precision and recall; not defined where all is "no", rightly."""
     twice = 2 * sums[..., 0]
     return share(np.stack([twice, twice + sums[..., 1] + sums[..., 2]], axis=-1))
