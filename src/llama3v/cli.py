@@ -15,6 +15,7 @@ import tyro
 
 import llama3v
 from llama3v import config, recipes
+from llama3v.config.base import require_directory
 from llama3v.errors import Llama3VError
 
 VERBS: dict[str, type] = {
@@ -98,6 +99,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
 
 
 def _run(verb: str, options: Any) -> None:
+    if getattr(options, "out", None) is not None:  # a directory in every verb: told before any work is done
+        require_directory(options.out, "out")
     if _may_load_transformers(verb, options):
         _quiet_transformers()
     getattr(llama3v, verb)(options)

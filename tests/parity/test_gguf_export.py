@@ -274,6 +274,7 @@ def damaged(source: Path, folder: Path, name: str, content: bytes | None) -> Pat
         ("model.gguf", 0, "not a GGUF file"),
         ("mmproj.gguf", None, "no GGUF file"),
         ("tokenizer.json", None, "no tokenizer.json"),
+        ("tokenizer.json", 0.6, "cut short"),
     ],
 )
 def test_a_damaged_or_absent_file_is_one_line(exported, tmp_path: Path, name: str, keep, reason: str) -> None:

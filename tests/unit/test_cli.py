@@ -206,3 +206,17 @@ def test_transformers_keeps_quiet_but_downloads_show_their_progress(monkeypatch:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize(
+    "verb", ["quickstart", "ask What", "caption x.png", "export", "compare a b", "encode --data d --vision v"]
+)
+@pytest.mark.parametrize("inside", ["", "/below"])
+def test_an_out_that_cannot_be_a_directory_is_told_before_any_work(
+    verb: str, inside: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(llama3v, verb.split()[0], lambda _: pytest.fail("the work began"))
+    needed = ["--cache", str(tmp_path)] if verb.startswith("encode") else []
+    assert cli.main([*verb.split(), *needed, "--out", f"{tmp_path}/file{inside}"]) == 2
+    assert f"expected a directory, found the file {tmp_path}/file" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llama3v.errors import CheckpointError
 from llama3v.model.llama3v import build_model, load_llm, load_model, save_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra llama3v[gguf]")
@@ -115,3 +116,12 @@ def test_a_model_with_a_gguf_llm_can_be_trained_and_saved(gguf_file, tiny_vision
     assert model.llm.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
     first, second = model.state_dict(), again.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.01, 0])
+def test_a_gguf_llm_that_is_cut_short_is_one_line(gguf_file, tmp_path: Path, share: float) -> None:
+    data = gguf_file.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CheckpointError, match=r"cut\.gguf cannot be read .* damaged, cut short") as caught:
+        load_llm(str(tmp_path / "cut.gguf"))
+    assert "\n" not in str(caught.value)

@@ -259,7 +259,7 @@ def test_what_is_not_a_model_directory_is_refused_in_one_line(
         (tmp_path / "absent", "no Llama 3-V at"),
         (tmp_path / "damaged", "lacks 1 tensors, such as projector.linear.weight"),
         (tmp_path / "broken", "not valid JSON"),
-        (tiny_llm_dir, "holds a 'llama' model"),
+        (tiny_llm_dir, "holds a 'llama' model.*llama3v pretrain --llm"),
     ):
         with pytest.raises(CheckpointError, match=reason) as caught:
             load_model(directory)

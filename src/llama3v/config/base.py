@@ -1,5 +1,6 @@
 """What the options of several verbs share: choices, optional types, checks."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,13 @@ MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def require_directory(path: Path, name: str) -> None:
+    """ConfigError where an option of this name is no directory and cannot become one."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    require(there.is_dir(), f"{option(name)} {path}: expected a directory, found the file {there}; give another")
+    require(os.access(there, os.W_OK), f"{option(name)} {path}: {there} cannot be written; give another")
 
 
 def is_name(name: str) -> bool:

@@ -176,4 +176,7 @@ class _Tokenizer:
 def _tokenizer(path: Path) -> _Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"no {path.name} in {path.parent}; export the model with `llama3v export --format gguf`")
-    return _Tokenizer(path)
+    try:
+        return _Tokenizer(path)
+    except Exception as error:  # the library raises this very class for whatever is wrong with the file
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); export the model again") from error

@@ -4,8 +4,6 @@ Visual tokens are *prepended* to the text of the turn that owns the image: the p
 places (model/prompt.py), and `embed` puts the projector's output there.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,11 +21,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama3v.errors import CheckpointError, ConfigError, PromptError
-from llama3v.model.llm import load_llm
+from llama3v.model.llm import load_llm, load_tokenizer
 from llama3v.model.on_base import Base, load_on_base, refers_to_base, save_on_base
 from llama3v.model.projector import Projector
 from llama3v.model.prompt import detect_format
 from llama3v.model.vision import VisionTower, load_stock, load_tower, make_tower, refuse_missing, stored_part
+from llama3v.model.whereabouts import require_model
 
 
 class Llama3VConfig(PreTrainedConfig):
@@ -293,15 +291,15 @@ def load_model(
         CheckpointError: nothing there, another kind of model, or a tokenizer that does not belong to the LLM.
     """
     path = Path(name_or_directory)
-    if path.exists() or (os.sep in str(name_or_directory).rstrip("/") and str(name_or_directory).count("/") != 1):
-        _check_model_directory(path)
+    require_model(name_or_directory)
     if refers_to_base(path):
         return load_on_base(path)
     try:
         model, missing = load_stock(Llama3VForConditionalGeneration, name_or_directory, llm_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_directory)
+        tokenizer = load_tokenizer(name_or_directory)
     except OSError as error:
-        raise CheckpointError(f"no Llama 3-V at {name_or_directory}: {str(error).splitlines()[0]}") from error
+        where = "" if path.is_dir() else "there is no such directory, and from the hub: "
+        raise CheckpointError(f"no Llama 3-V at {name_or_directory}: {where}{str(error).splitlines()[0]}") from error
     refuse_missing(name_or_directory, missing)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise CheckpointError(
@@ -321,20 +319,6 @@ def _local(name_or_directory: Path | str) -> Path:
 
     path = Path(name_or_directory)
     return path if path.is_dir() else Path(snapshot_download(str(name_or_directory), local_files_only=True))
-
-
-def _check_model_directory(path: Path) -> None:
-    config = path / "config.json"
-    if not config.is_file():
-        raise CheckpointError(
-            f"no Llama 3-V at {path}: no config.json there; train one with `llama3v quickstart --out {path}`"
-        )
-    try:
-        kind = json.loads(config.read_text()).get("model_type")
-    except ValueError as error:
-        raise CheckpointError(f"{config} is not valid JSON: {error}") from error
-    if kind != Llama3VConfig.model_type:
-        raise CheckpointError(f"{path} holds a {kind!r} model, not a Llama 3-V; build one with `llama3v pretrain`")
 
 
 AutoConfig.register("llama3v", Llama3VConfig)

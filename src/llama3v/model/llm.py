@@ -1,6 +1,7 @@
 """The language model and its tokenizer: from a hub name, a directory or a GGUF file."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,24 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
         return _load_gguf(path, dtype)
     try:
         model, missing = load_stock(AutoModelForCausalLM, name, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     refuse_missing(name, missing)
     return model, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or directory. Raises OSError where there is none, CheckpointError for a damaged one."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except OSError:
+        raise
+    except Exception as error:  # the library's own errors are of no narrower class, whatever is wrong with the file
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{source}: the tokenizer cannot be read ({reason}); it is damaged or absent, fetch or write the model again"
+        ) from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,6 +54,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise CheckpointError("reading GGUF needs an extra: pip install 'llama3v[gguf]'") from error
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}): it is damaged, cut short, or a kind of LLM that transformers does not "
+            "read out of GGUF; fetch it again, or give the LLM's directory"
+        ) from error
     # transformers marks a model read from GGUF as quantised and then refuses to train it: move the weights to a clean one
     config = type(source.config)(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

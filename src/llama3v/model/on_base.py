@@ -161,15 +161,16 @@ def assemble(directory: Path | str, llm: nn.Module) -> tuple["Llama3VForConditio
     """Join the parts of a directory with an LLM; in evaluation mode."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     from llama3v.model.llama3v import Llama3VConfig, Llama3VForConditionalGeneration
+    from llama3v.model.llm import load_tokenizer
     from llama3v.model.vision import make_tower
 
     try:
         config = Llama3VConfig.from_pretrained(directory)
         tensors = load_file(Path(directory) / PARTS)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
         with torch.device("meta"):
             model = Llama3VForConditionalGeneration(config)
         model.llm, model.vision = llm, make_tower(config.vision_config)

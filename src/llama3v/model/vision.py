@@ -163,9 +163,23 @@ def _siglip_geometry(source: str, config: Any, cut: int | None) -> dict[str, Any
 def load_stock(kind: Any, source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
     """`kind.from_pretrained(source)`, and the names of the tensors that the checkpoint lacked.
 
-    transformers only warns of those, and makes them up at random: see `refuse_missing`.
+    transformers only warns of those, and makes them up at random: see `refuse_missing`. Raises CheckpointError where the
+    weights are damaged or of other shapes than the configuration, OSError where there are none.
     """
-    model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    from safetensors import SafetensorError
+
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
+    try:
+        model, report = kind.from_pretrained(source, dtype=dtype, **options)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}: the weights cannot be read ({error}); a file is damaged or cut short, fetch or write it again"
+        ) from error
+    for name, found, expected in sorted(report["mismatched_keys"], key=str):
+        raise CheckpointError(
+            f"{source}: expected {name} of {tuple(expected)}, as config.json says, found {tuple(found)}; the files are of "
+            "different models, use those of one"
+        )
     return model, set(report["missing_keys"])
 
 
