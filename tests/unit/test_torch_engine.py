@@ -12,13 +12,17 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llama3v.config import ChatConfig
+import llama3v.engines.torch
+from llama3v.config import AnswerWeights, ChatConfig
 from llama3v.engines.base import ImageFeatures
 from llama3v.engines.cached import REMEMBERED_IMAGES
 from llama3v.engines.chat import Conversation
 from llama3v.engines.detokenizer import Detokenizer
 from llama3v.engines.torch import TorchEngine
 from llama3v.errors import CheckpointError, ImageError, PromptError
+from llama3v.feature_cache.encoders.torch import best_device
+from llama3v.model.frozen import hold
+from llama3v.model.llama3v import load_model, save_model
 from llama3v.model.prompt import Turn
 from llama3v.model.slicing import Grid
 
@@ -128,6 +132,56 @@ def test_a_damaged_model_is_told_and_not_heard(tiny_model_dir: Path) -> None:
         damaged.model.get_output_embeddings().weight[7] = float("nan")
     with pytest.raises(CheckpointError, match="NaN"):
         damaged.answer([Turn("user", "Hello")], max_new_tokens=4)
+
+
+def test_apples_gpu_is_used_where_it_is_there_and_computes_in_bf16(tiny_model_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert best_device() == torch.device("mps")
+    meta = torch.device("meta")  # stands for a device that is not the CPU: no mps tensor can be made here
+    monkeypatch.setattr("llama3v.engines.torch.best_device", lambda: meta)
+    engine = TorchEngine(tiny_model_dir)
+    assert (engine.device, engine.dtype) == (meta, torch.bfloat16)
+    types = {parameter.dtype for parameter in engine.model.parameters()}
+    assert types == {torch.bfloat16}
+    frequencies = engine.model.llm.model.rotary_emb.inv_freq  # in bf16 positions beyond 256 would blur
+    assert frequencies.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "dtype"),
+    [
+        ("full", "cpu", torch.float32),
+        ("int8", "cpu", torch.bfloat16),
+        ("int4", "cpu", torch.bfloat16),
+        ("full", "meta", torch.bfloat16),
+    ],
+)
+def test_an_llm_is_read_in_fp32_only_where_it_answers_in_fp32(
+    tiny_model_dir: Path, monkeypatch, weights: AnswerWeights, device: str, dtype: torch.dtype
+) -> None:
+    read = []
+    original = llama3v.engines.torch.load_model
+    monkeypatch.setattr(
+        llama3v.engines.torch, "load_model", lambda name, llm_dtype: read.append(llm_dtype) or original(name, llm_dtype)
+    )
+    engine = TorchEngine(tiny_model_dir, device=device, weights=weights)
+    assert read == [dtype]
+    computing = torch.float32 if device == "cpu" else torch.bfloat16
+    assert engine.dtype == engine.model.llm.get_input_embeddings().weight.dtype == computing
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_checkpoint_in_bf16_is_quantised_to_the_same_values_as_from_fp32(
+    tiny_model_dir: Path, tmp_path: Path, weights: AnswerWeights, engine: TorchEngine
+) -> None:
+    model, tokenizer = load_model(tiny_model_dir, torch.bfloat16)
+    save_model(model, tokenizer, tmp_path / "bf16")
+    found = TorchEngine(tmp_path / "bf16", device="cpu", weights=weights)
+    expected, tokenizer = load_model(tmp_path / "bf16")  # all of it in fp32
+    hold(expected.llm, {"int8": "int8", "int4": "nf4"}[weights])
+    ids = torch.arange(12)[None]
+    assert torch.equal(found.model(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
 def test_only_the_latest_images_are_remembered(engine: TorchEngine) -> None:

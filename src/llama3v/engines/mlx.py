@@ -55,10 +55,13 @@ class MlxEngine(CachedEngine):
     ) -> None:
         check_conversations(conversations)
         require_mlx()
+        import torch
+
         from llama3v.engines.vision import Vision
         from llama3v.model.llama3v import load_model
 
-        model, tokenizer = load_model(model_dir)
+        in_full = weights == "full" and not _on_gpu()
+        model, tokenizer = load_model(model_dir, torch.float32 if in_full else torch.bfloat16)
         config = model.config
         _check_kv(kv_bits, config.text_config)
         self.vision = Vision(
@@ -150,6 +153,12 @@ def _check_kv(kv_bits: int | None, text: Any) -> None:
         )
 
 
+def _on_gpu() -> bool:
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.gpu))
+
+
 def _take_llm(model: "Llama3VForConditionalGeneration", weights: "AnswerWeights") -> Any:
     """mlx-lm's Llama with the LLM's weights; the LLM in torch is empty afterwards."""
     import mlx.core as mx
@@ -163,8 +172,7 @@ def _take_llm(model: "Llama3VForConditionalGeneration", weights: "AnswerWeights"
     scaled = rope.get("rope_type", "default") != "default"
     shape = text.to_dict() | {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": rope if scaled else None}
     llm = Model(ModelArgs.from_dict(shape))
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    taken = list(_arrays(model.llm, mx.bfloat16 if on_gpu else mx.float32))
+    taken = list(_arrays(model.llm, mx.bfloat16 if _on_gpu() else mx.float32))
     llm.load_weights(
         [(name, array) for name, array in taken if name != "lm_head.weight" or not text.tie_word_embeddings]
     )

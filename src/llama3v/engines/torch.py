@@ -14,6 +14,7 @@ from llama3v.engines.cached import CachedEngine, check_conversations
 from llama3v.engines.detokenizer import Detokenizer
 from llama3v.engines.prefix import Caches, Span
 from llama3v.errors import CheckpointError
+from llama3v.feature_cache.encoders.torch import best_device
 from llama3v.model.frozen import hold
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, load_model
 from llama3v.model.prompt import Renderer
@@ -23,11 +24,11 @@ _HELD: dict[AnswerWeights, LlmWeights] = {"full": "fp32", "int8": "int8", "int4"
 
 
 class TorchEngine(CachedEngine):
-    """Runs a Llama 3-V in PyTorch: in fp32 on a CPU, in bf16 on a GPU.
+    """Runs a Llama 3-V in PyTorch: in fp32 on a CPU, in bf16 on a GPU (CUDA's, or Apple's through MPS).
 
     Args:
         model_dir: a Llama 3-V model directory or hub name.
-        device: "cpu", "cuda", ...; default: a GPU where there is one.
+        device: "cpu", "cuda", "mps", ...; default: a GPU where there is one.
         weights: "full", or the LLM's matrices in "int8" or "int4" (NF4), through bitsandbytes (model/frozen.py).
         conversations: see Engine; a KV cache grows as it is needed.
 
@@ -45,12 +46,14 @@ class TorchEngine(CachedEngine):
         conversations: int = 1,
     ) -> None:
         check_conversations(conversations)
-        model, tokenizer = load_model(model_dir)
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = torch.device(device) if device is not None else best_device()
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-        model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper loses the self
-        hold(model.llm, _HELD[weights], target)
-        model.to(device=target)  # type: ignore[call-arg]
+        # What is rounded further is not held in fp32 on the way: that would be 32 GB for an LLM of 8 billion weights
+        model, tokenizer = load_model(model_dir, dtype if weights == "full" else torch.bfloat16)
+        hold(model.llm, _HELD[weights], target, dtype)
+        model.vision.to(dtype)
+        model.projector.to(dtype)
+        model.to(device=target)  # type: ignore[call-arg]  # transformers' wrapper loses the self
         self._open(model, tokenizer, conversations)
 
     @classmethod

@@ -27,22 +27,28 @@ def loading_dtype(weights: "LlmWeights", precision: str) -> torch.dtype:
     return torch.bfloat16 if weights != "fp32" and precision == "bf16" else torch.float32
 
 
-def hold(llm: nn.Module, weights: "LlmWeights", device: torch.device | str = "cpu") -> None:
+def hold(
+    llm: nn.Module, weights: "LlmWeights", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
     """Freeze an LLM, as `loading_dtype` read it, and hold the linear layers of its blocks in so many bits, in place.
 
     Embeddings, norms and the LM head keep their type.
 
     Args:
         device: on which layers are quantised, and stay where they are.
+        dtype: in which the LLM computes, and all that is not quantised is held; default: as it was read.
 
     Raises ConfigError where bitsandbytes is needed and not installed.
     """
     llm.requires_grad_(False)
-    if weights not in ("int8", "nf4"):
-        return
-    for parent, name, linear in _linears(llm):
-        setattr(parent, name, _quantised(linear, weights, device))
-    llm.is_loaded_in_4bit = weights == "nf4"  # type: ignore[assignment]  # peft has a layer of its own for that
+    if weights in ("int8", "nf4"):
+        for parent, name, linear in _linears(llm):
+            setattr(parent, name, _quantised(linear, weights, device, dtype or linear.weight.dtype))
+        llm.is_loaded_in_4bit = weights == "nf4"  # type: ignore[assignment]  # peft has a layer of its own for that
+    if dtype is not None:
+        for parameter in llm.parameters():  # and no buffer: rotary frequencies and the scales of int8 stay in fp32
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
@@ -79,12 +85,12 @@ def _linears(llm: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield llm.get_submodule(parent), name, module
 
 
-def _quantised(linear: nn.Linear, weights: "LlmWeights", device: torch.device | str) -> nn.Module:
+def _quantised(linear: nn.Linear, weights: "LlmWeights", device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     bnb = _bitsandbytes()
     if weights == "int8":
         return Int8Linear(linear, *bnb.functional.int8_vectorwise_quant(linear.weight.data.to(device).half())[:2])
-    shape, values = (linear.in_features, linear.out_features), linear.weight.data
-    held: Any = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=values.dtype, quant_type="nf4", device="meta")
+    shape, values = (linear.in_features, linear.out_features), linear.weight.data.to(dtype)
+    held: Any = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
     held.weight = bnb.nn.Params4bit(
         values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=held
     )
