@@ -9,6 +9,7 @@ from safetensors import safe_open
 from llama3v.config import ExportConfig
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.exporters.mlx import convert
+from llama3v.exporters.texts import mlx_readme
 from llama3v.exporters.verbs import export
 from llama3v.model.llama3v import build_model, save_model
 from llama3v.recipes.quickstart import SCENE_LLM, SCENE_TOWER
@@ -46,6 +47,11 @@ def test_mlx_vlm_gives_our_visual_tokens_logits_and_greedy_tokens(
     assert all(name.startswith("language_model") for name in quantised)
     assert "mlx_vlm generate" in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_the_readme_says_that_slices_need_the_model_directory_which_ask_opens() -> None:
+    text = " ".join(mlx_readme(384, 81, None).split())
+    assert "mlx-vlm does not make them; `llama3v ask --engine mlx` does, with the model directory" in text
 
 
 def test_a_missing_mlx_vlm_is_named_before_a_model_is_loaded(

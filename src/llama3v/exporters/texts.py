@@ -187,7 +187,8 @@ python -m mlx_vlm generate --model . --image photo.jpg --prompt "What is on the 
 ```
 
 - One `<image>` is one tile of {tile_size} x {tile_size} pixels and becomes {tokens_per_tile} visual tokens: the whole picture, resized.
-- Slices for small print and detail are further images, the overview first. `llama3v ask` makes them by itself.
+- Slices for small print and detail are further images, the overview first. mlx-vlm does not make them; `llama3v ask
+  --engine mlx` does, with the model directory that this was exported from.
 """
 
 
