@@ -49,8 +49,8 @@ class EvalConfig:
     """How much of an image is shown. low: the overview only. high: its slices, too. both: high, and low beside it.
     (default: as the model was trained; as the endpoint likes)"""
     judge_url: MaybeText = None
-    """OpenAI-compatible endpoint of the judge, for tasks that need one (llavabench); its key is read from
-    JUDGE_API_KEY, else OPENAI_API_KEY."""
+    """OpenAI-compatible endpoint of the judge, for tasks that have one: llavabench has no score without, mmbench counts
+    answers that match no option as wrong without. Its key is read from JUDGE_API_KEY, else OPENAI_API_KEY."""
     judge_model: MaybeText = None
     """Name of the judge there. It is printed beside its scores, which compare only under the same judge."""
     trained_cache: MaybePath = None

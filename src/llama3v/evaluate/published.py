@@ -8,9 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A column: the task that measures it here, its name in tables, and which of the task's figures is meant."""
+    """A column: the task that measures it here, on which split, its name in tables, and which of the task's figures is
+    meant.
+    """
 
     task: str
+    split: str
     name: str
     figure: str
 

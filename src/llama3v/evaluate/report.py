@@ -112,12 +112,30 @@ def _add_beside_published(report: Report, summary: dict[str, Any], name: str) ->
     for claim in table.claims:
         cells = [_cell(claim.scores.get(one.task)) + "*" * (one.task in claim.unchecked) for one in table.benchmarks]
         rows.append([_unbroken(claim.model), *cells])
-    said = f"{table.note} " + "; ".join(f"{one.model}: {one.source}" for one in table.claims) + "."
-    if not ours:
-        said = f"This run asked none of these benchmarks. {said}"
-    if "mathvista" in ours:
-        said = f"Our MathVista is quick extraction, which does not compare with theirs. {said}"
+    said = " ".join([*_apart_from_theirs(summary, ours), table.note])
+    said += " " + "; ".join(f"{one.model}: {one.source}" for one in table.claims) + "."
     report.add_table("Beside published claims", ["model", *(one.name for one in table.benchmarks)], rows, said)
+
+
+def _apart_from_theirs(summary: dict[str, Any], ours: dict[str, float]) -> list[str]:
+    """Why our row is not quite like the others."""
+    if not ours:
+        return ["This run asked none of these benchmarks."]
+    splits = ", ".join(f"{one.name} {one.split}" for one in published().benchmarks if one.task in ours)
+    said = [f"Our row is of the splits {splits}, where --tasks names no other."]
+    if "mathvista" in ours:
+        said.append("Our MathVista is quick extraction, which does not compare with theirs.")
+    judge = next((row.get("judge") for row in summary["tasks"] if row["task"] == "mmbench"), None)
+    if "mmbench" in ours and judge is None:
+        said.append(
+            "Our MMB has no judge: an answer that matches no option counts as wrong, where the published protocol asks ChatGPT "
+            "which is meant (--judge-url)."
+        )
+    elif "mmbench" in ours:
+        said.append(
+            f"Our MMB: answers that match no option were read by {judge}, in the published protocol by ChatGPT."
+        )
+    return said
 
 
 def _unbroken(text: str) -> str:

@@ -28,7 +28,7 @@ from llama3v.evaluate.specs import LoadedTask, load, parse_specs
 from llama3v.evaluate.subject import Subject, open_subject
 from llama3v.evaluate.summary import Summary, compare_runs, summarise
 from llama3v.evaluate.table import print_scores
-from llama3v.evaluate.tasks.llava_bench import LlavaBench
+from llama3v.evaluate.tasks.judged import JudgedTask
 
 IDENTITY = "run.json"
 SETTINGS = ("right image", "wrong image", "blind", OVERVIEW)
@@ -55,8 +55,8 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
             images_shown(one.samples, condition, one.keys)  # so that a control that cannot be asked is told now, too
     judge = open_judge(config)
     for one in tasks:
-        if isinstance(one.task, LlavaBench):
-            need_judge(judge, one.spec.label)
+        if isinstance(one.task, JudgedTask):
+            need_judge(judge, one.task, one.spec.label)
     trained = _read_trained(config)
     found = {one.spec.label: trained.matches(one.keys) if trained else [] for one in tasks}
     subject = open_subject(config, engine)
@@ -69,7 +69,7 @@ def eval(config: EvalConfig, engine: BatchEngine | None = None) -> dict[str, Any
         settled[label] = [record for name in conditions for record in _settled(one, records[label], name)]
         write_records(config.out / "samples" / f"{label}.jsonl", settled[label])
         row = _row(one, records[label], conditions) | {"data_digest": digests[label]}
-        if judge is not None and isinstance(one.task, LlavaBench):
+        if judge is not None and isinstance(one.task, JudgedTask):
             row["judge"] = judge.name
         if trained is not None:
             row["contamination"] = _contamination(one, records[label], found[label])
@@ -141,9 +141,9 @@ def _answer(
                     show=subject.pictures.show,
                     advance=partial(progress.advance, bar),
                 )
-                if isinstance(one.task, LlavaBench):
+                if judge is not None and isinstance(one.task, JudgedTask):
                     found[one.spec.label] = judge_records(
-                        need_judge(judge, one.spec.label),
+                        judge,
                         one.task,
                         one.samples,
                         found[one.spec.label],

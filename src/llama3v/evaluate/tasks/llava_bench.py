@@ -12,11 +12,11 @@ from dataclasses import replace
 from llama3v.data.sources.base import ImageRef
 from llama3v.errors import DataError
 from llama3v.evaluate.records import AnswerRecord, Parsed
-from llama3v.evaluate.tasks.base import Figure, Task, TaskSample
+from llama3v.evaluate.tasks.base import Figure, TaskSample
+from llama3v.evaluate.tasks.judged import JudgedTask
 from llama3v.evaluate.tasks.rows import Row, read_rows
 
 HIGHEST = 10.0
-SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 # The benchmark's text, word by word: with another one, scores would not compare.
 RULE = (
     "We would like to request your feedback on the performance of two AI assistants in response to the user question "
@@ -30,15 +30,6 @@ RULE = (
 )
 
 
-def question_for_judge(sample: TaskSample, answer: str) -> str:
-    """What the judge reads of one answer."""
-    return (
-        f"[Context]\n{sample.details['context']}\n\n[Question]\n{sample.prompt}\n\n"
-        f"[Assistant 1]\n{sample.references[0]}\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
-    )
-
-
 def parse_verdict(review: str) -> tuple[float, float] | None:
     """(the reference's score, ours) of the judge's first line; None where there are no two numbers from 0 to 10."""
     words = review.split("\n")[0].replace(",", " ").split(" ")
@@ -49,8 +40,10 @@ def parse_verdict(review: str) -> tuple[float, float] | None:
     return (first, second) if 0 <= first <= HIGHEST and 0 <= second <= HIGHEST else None
 
 
-class LlavaBench(Task):
+class LlavaBench(JudgedTask):
     name = "llavabench"
+    needs_judge = True
+    system = "You are a helpful and precise assistant for checking the quality of the answer."
     rule = "LLaVA-Bench in the wild: a judge's points for the answer over its points for GPT-4's"
     hub = "lmms-lab/llava-bench-in-the-wild"
     files = ("*.parquet", "data/*.parquet", "questions.jsonl")
@@ -91,8 +84,17 @@ class LlavaBench(Task):
     def figures(self) -> tuple[Figure, ...]:
         return (Figure("points over GPT-4's", _points, most=HIGHEST),)
 
-    def judged_record(self, record: AnswerRecord, review: str) -> AnswerRecord:
-        """The record with the judge's verdict in the place of what was read out of the answer."""
+    def awaits_judge(self, record: AnswerRecord) -> bool:
+        return True
+
+    def question_for_judge(self, sample: TaskSample, answer: str) -> str:
+        return (
+            f"[Context]\n{sample.details['context']}\n\n[Question]\n{sample.prompt}\n\n"
+            f"[Assistant 1]\n{sample.references[0]}\n\n[End of Assistant 1]\n\n"
+            f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+        )
+
+    def judged_record(self, record: AnswerRecord, sample: TaskSample, review: str) -> AnswerRecord:
         verdict = parse_verdict(review)
         return replace(record, parsed=verdict, score=0.0 if verdict is None else verdict[1] / HIGHEST)
 

@@ -1,7 +1,9 @@
 """MMBench (English, dev): option letters, each question asked once per rotation of its options.
 
-Rule: the matching by letter, then by option text, that comes before any judge, as in lmms-eval 0.7.3
-(tasks/mmbench/mmbench_evals.py: can_infer_option, can_infer_text). No judge reads what it leaves: that counts as wrong.
+Rule: matching by letter, then by option text, as in lmms-eval 0.7.3 (tasks/mmbench/mmbench_evals.py: can_infer_option,
+can_infer_text). What that leaves unmatched the published protocol gives to ChatGPT (arXiv 2307.06281): here to any
+judge, in lmms-eval's words; without one it counts as wrong. So does a verdict that names no option, in whose place lmms-eval,
+after three of them, draws one at random.
 *Circular*: a question is right only if every rotation is; the rotations of question N have the indices N + k * 1,000,000. A
 file without rotations gives the plain ("vanilla") accuracy alone. `records` hold each rotation.
 """
@@ -10,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llama3v.evaluate.records import AnswerRecord, Parsed
-from llama3v.evaluate.tasks.base import LETTER_PROMPT, Figure, Task, TaskSample, mean_score
+from llama3v.evaluate.tasks.base import LETTER_PROMPT, Figure, TaskSample, mean_score
+from llama3v.evaluate.tasks.judged import JudgedTask
 from llama3v.evaluate.tasks.rows import Row
 
 ROTATION = 1_000_000
@@ -37,9 +40,24 @@ def parse_letter(answer: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-class MmBench(Task):
+# lmms-eval's text, word by word: with another one, scores would not compare.
+MATCHING = (
+    "You are an AI assistant who will help me to match an answer with several options of a single-choice question. "
+    "You are provided with a question, several options, and an answer, and you need to find which option is most similar "
+    "to the answer. If the meaning of all options are significantly different from the answer, output E. Your should "
+    "output a single uppercase character in A, B, C, D (if they are valid options), and E. \n"
+    "Example 1: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: a cute teddy bear\nYour output: A\n"
+    "Example 2: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: Spider\nYour output: E\n"
+    "Example 3: \nQuestion: {question}?\nOptions: There are several options: \n{options}\n\nAnswer: {answer}\nYour output: "
+)
+
+
+class MmBench(JudgedTask):
     name = "mmbench"
-    rule = "MMBench dev, letter and text matching as in lmms-eval 0.7.3, no judge"
+    rule = "MMBench dev, letter and text matching as in lmms-eval 0.7.3; other answers are read by a judge, if there is one, else wrong"
+    needs_judge = False
     hub = "lmms-lab/MMBench"
     files = ("en/dev-*.parquet", "dev-*.parquet", "data/dev-*.parquet", "*DEV_EN*.tsv", "*.tsv", "*.parquet")
 
@@ -54,13 +72,26 @@ class MmBench(Task):
             references=(row.text("answer"),),
             category=str(row.get("category", "?")),
             choices=tuple(f"{letter} {text}" for letter, text in options.items()),
+            details={"question": row.text("question")},
         )
 
     def parse(self, answer: str, sample: TaskSample) -> Parsed | None:
-        return parse_letter(answer, {choice[0]: choice[2:] for choice in sample.choices})
+        return parse_letter(answer, _options(sample))
 
     def score(self, parsed: Parsed, sample: TaskSample) -> float:
         return float(parsed in sample.references)
+
+    def awaits_judge(self, record: AnswerRecord) -> bool:
+        return record.parsed is None
+
+    def question_for_judge(self, sample: TaskSample, answer: str) -> str:
+        listed = "\n".join(f"{letter}. {text}" for letter, text in _options(sample).items())
+        return MATCHING.format(question=sample.details["question"], options=listed, answer=answer)
+
+    def judged_record(self, record: AnswerRecord, sample: TaskSample, review: str) -> AnswerRecord:
+        """A verdict is read as an answer is; "E" says that no option is meant."""
+        letter = parse_letter(review, _options(sample))
+        return replace(record, parsed=letter, score=0.0 if letter is None else self.score(letter, sample))
 
     def figures(self) -> tuple[Figure, ...]:
         return (mean_score("accuracy (circular where rotated)"),)
@@ -78,6 +109,11 @@ class MmBench(Task):
         rotations = sum(record.id.isdecimal() and int(record.id) >= ROTATION for record in records)
         vanilla = [record.score for record in records]
         return {"accuracy of single rotations": sum(vanilla) / len(vanilla), "rotations": float(rotations)}
+
+
+def _options(sample: TaskSample) -> dict[str, str]:
+    """Letter -> text."""
+    return {choice[0]: choice[2:] for choice in sample.choices}
 
 
 def _given(row: Row, column: str) -> str:

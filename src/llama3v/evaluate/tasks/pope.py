@@ -4,9 +4,14 @@ Rule: the benchmark's own (AoiDragon/POPE, evaluate.py), which LLaVA's published
 the words "No", "no", "not" means no, and *everything else means yes*. Here an answer with neither word nor a "yes" is counted
 as unparsed, and scored as that yes. lmms-eval 0.7.3 wants the bare word instead ("yes", "no"; tasks/pope/utils.py), leaves
 "Yes." out of precision and recall, and so inflates F1; `strict accuracy` is its accuracy, for comparison.
+
+The F1 that LLaVA and others print is the mean of the three settings' (haotian-liu/LLaVA, llava/eval/eval_pope.py prints each;
+github.com/haotian-liu/LLaVA/issues/626 has LLaVA-1.5-7B's: 87.2 random, 86.3 popular, 84.5 adversarial, mean 86.0, printed as
+85.9). Theirs has 2,910 random questions, today's data set 3,000.
 """
 
 import string
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +20,8 @@ from llama3v.evaluate.statistics import Array, share
 from llama3v.evaluate.tasks.base import SHORT_PROMPT, Figure, Task, TaskSample, mean_score
 from llama3v.evaluate.tasks.rows import Row
 
+SETTINGS = ("random", "popular", "adversarial")
+MEAN_F1 = "F1, mean of the settings"
 _MARKS = string.punctuation + string.whitespace
 
 
@@ -61,6 +68,8 @@ class Pope(Task):
             Figure("recall", _counts, lambda sums: share(sums[..., [0, 4]])),
             Figure("yes ratio", _counts, lambda sums: share(sums[..., [3, 5]])),
             Figure("strict accuracy", _strict),
+            *(Figure(f"F1, {setting}", partial(_counts_of, setting), _f1) for setting in SETTINGS),
+            Figure(MEAN_F1, _counts_by_setting, _mean_f1),
         )
 
 
@@ -69,6 +78,21 @@ def _counts(record: AnswerRecord) -> tuple[float, ...]:
     gold = "yes" in record.references
     said = gold == (record.score == 1.0)
     return (gold and said, said and not gold, gold and not said, said, gold, 1.0)
+
+
+def _counts_of(setting: str, record: AnswerRecord) -> tuple[float, ...]:
+    counts = _counts(record)
+    return counts if record.category == setting else (0.0,) * len(counts)
+
+
+def _counts_by_setting(record: AnswerRecord) -> tuple[float, ...]:
+    """The counts of one setting after the other."""
+    return tuple(count for setting in SETTINGS for count in _counts_of(setting, record))
+
+
+def _mean_f1(sums: Array) -> Array:
+    """Not defined where a setting's is not."""
+    return np.mean([_f1(part) for part in np.split(sums, len(SETTINGS), axis=-1)], axis=0)
 
 
 def _strict(record: AnswerRecord) -> tuple[float, float]:
