@@ -17,6 +17,7 @@ from llama3v.evaluate.records import AnswerRecord, append_records, read_records,
 from llama3v.evaluate.summary import summarise
 from llama3v.evaluate.tasks import TASKS, open_task
 from llama3v.evaluate.tasks.base import Task, TaskSample
+from llama3v.evaluate.tasks.rows import find_files
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
 
@@ -358,20 +359,71 @@ def test_errors_say_what_was_expected_and_found(tmp_path: Path) -> None:
         list(open_task(f"pope={tmp_path / 'x.json'}").samples())
 
 
-def test_a_hub_name_downloads_the_files_of_the_split_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shards(folder: str, *splits: str) -> list[str]:
+    return [f"{folder}/{split}-{number:05}-of-00002.parquet" for split in splits for number in range(2)]
+
+
+HUB = {
+    "mmmu": ("lmms-lab/MMMU", shards("data", "dev", "test", "validation"), "data/validation-"),
+    "mmmu=MMMU/MMMU": (
+        "MMMU/MMMU",
+        [*shards("Art", "dev", "test", "validation"), *shards("Art_Theory", "dev", "test", "validation")],
+        "Art/validation- Art_Theory/validation-",
+    ),
+    "mathvista": ("AI4Math/MathVista", shards("data", "test", "testmini"), "data/testmini-"),
+    "ai2d": ("lmms-lab/ai2d", shards("data", "test"), "data/test-"),
+    "chartqa": ("lmms-lab/ChartQA", shards("data", "test"), "data/test-"),
+    "docvqa": (
+        "lmms-lab/DocVQA",
+        [*shards("DocVQA", "test", "validation"), *shards("InfographicVQA", "test", "validation")],
+        "DocVQA/validation-",
+    ),
+    "textvqa": ("lmms-lab/textvqa", shards("data", "train", "test", "validation"), "data/validation-"),
+    "vqav2": ("lmms-lab/VQAv2", shards("data", "test", "testdev", "validation"), "data/validation-"),
+    "scienceqa": (
+        "lmms-lab/ScienceQA",
+        [*shards("ScienceQA-FULL", "test", "train"), *shards("ScienceQA-IMG", "test", "train", "validation")],
+        "ScienceQA-IMG/test-",
+    ),
+    "mmbench": (
+        "lmms-lab/MMBench",
+        [*shards("cc", "test"), *shards("cn", "dev", "test"), *shards("en", "dev", "test")],
+        "en/dev-",
+    ),
+    "pope": (
+        "lmms-lab/POPE",
+        [*shards("Full", "adversarial", "popular", "random"), *shards("data", "test")],
+        "data/test-",
+    ),
+    "seedbench": ("lmms-lab/SEED-Bench", shards("data", "test"), "data/test-"),
+    "llavabench": ("lmms-lab/llava-bench-in-the-wild", shards("data", "train"), "data/train-"),
+}
+
+
+@pytest.mark.parametrize("spec", sorted(HUB))
+def test_a_hub_name_downloads_the_files_of_the_split_alone(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the hub's own filter, whose "*" goes across folders."""
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    asked: list[Any] = []
-    mmbench_tsv(tmp_path / "MMBench_DEV_EN.tsv")
+    repository, files, split = HUB[spec]
+    listed = [".gitattributes", "README.md", "archive/old/test-1.parquet", "archive/data/validation-1.parquet", *files]
 
-    def download(name: str, repo_type: str, allow_patterns: list[str]) -> str:
-        asked.append((name, repo_type, allow_patterns))
+    def download(name: str, repo_type: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (name, repo_type) == (repository, "dataset")
+        for file in filter_repo_objects(listed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert len(list(open_task("mmbench").samples())) == 3
-    assert asked[0][:2] == ("lmms-lab/MMBench", "dataset")
-    assert "*DEV_EN*.tsv" in asked[0][2]
+    task = open_task(spec)
+    found = find_files(str(task.where), task.files)
+    expected = [tmp_path / file for file in files if file.startswith(tuple(split.split()))]
+    assert found == expected
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == expected  # and nothing else came
 
 
 def test_records_survive_a_kill_within_a_line(tmp_path: Path) -> None:

@@ -81,21 +81,23 @@ def find_files(where: str, patterns: Sequence[str]) -> list[Path]:
     path = Path(where).expanduser()
     if path.is_file():
         return [path]
-    root = path if path.is_dir() else _from_hub(where, patterns)
     for pattern in patterns:
+        root = path if path.is_dir() else _from_hub(where, pattern)
         found = sorted(root.glob(pattern))
         if found:
             return found
     raise DataError(f"{where}: expected a file like {' or '.join(patterns)}, found none; give the file itself")
 
 
-def _from_hub(where: str, patterns: Sequence[str]) -> Path:
+def _from_hub(where: str, pattern: str) -> Path:
+    """Fetch the files that the pattern names as in a shell; returns the folder in which they lie."""
     if where.count("/") != 1 or where.startswith((".", "~", "/")):
         raise DataError(f"{where}: no such file or folder, nor a hub data set (owner/name)")
     from huggingface_hub import snapshot_download
 
+    deeper = "*/" * (pattern.count("/") + 1) + "*"  # the hub's "*" goes across "/", a shell's does not
     try:
-        return Path(snapshot_download(where, repo_type="dataset", allow_patterns=list(patterns)))
+        return Path(snapshot_download(where, repo_type="dataset", allow_patterns=[pattern], ignore_patterns=[deeper]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{where}: cannot be had from the hub ({reason}); download it and give its path") from error
