@@ -1,6 +1,7 @@
 """The plug-in of lmms-eval, against a stand-in for it; examples/with_lmms_eval.py runs it under the real one."""
 
 import importlib
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from PIL import Image
 
 from llama3v.engines.base import Question
 from llama3v.errors import PromptError
+from llama3v.model.prompt import Turn
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
@@ -121,3 +123,35 @@ def test_pictures_belong_to_their_turn_and_video_is_refused(plugin: ModuleType) 
     assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
     with pytest.raises(PromptError, match="video"):
         plugin.question_of(Chat([message("user", {"type": "video", "url": "a.mp4"})]))
+
+
+MMMU = [
+    "Which, <image 2> or <image 1>?\nA. a fox\nB. a cow\n\nAnswer with the option's letter from the given choices directly.",
+    "<image 1> How many?\n\nAnswer the question using a single word or phrase.",
+    "See <image 1>. What does <image 1> say about <image 2>?\nA. 1\nB. 2",
+]
+
+
+@pytest.mark.parametrize("text", MMMU)
+def test_mmmus_marks_stay_where_eval_has_them(plugin: ModuleType, text: str) -> None:
+    """Messages as mmmu_doc_to_messages of lmms-eval 0.7.3 makes them: cut at the marks, the pieces stripped, some lost."""
+    pictures = [RED, BLUE][: len(set(re.findall(r"<image \d>", text)))]
+    pieces = [piece.strip() for piece in re.split(r"<image \d>", text)]
+    content: list[dict[str, Any]] = []
+    for number, picture in enumerate(pictures):
+        if pieces[number] and number < len(pieces) - 1:
+            content.append({"type": "text", "text": pieces[number]})
+        content.append({"type": "image", "url": picture})
+    content.append({"type": "text", "text": pieces[-1]})
+    turns, images = plugin.question_of(Chat([{"role": "user", "content": content}]), text)
+    assert turns == [Turn("user", text, tuple(range(len(pictures))))]
+    assert [image.getpixel((0, 0)) for image in images] == [picture.getpixel((0, 0)) for picture in pictures]
+
+
+def test_a_picture_between_texts_is_marked_and_one_before_them_is_not(plugin: ModuleType) -> None:
+    red, blue = ({"type": "image", "url": picture} for picture in (RED, BLUE))
+    one, other = ({"type": "text", "text": text} for text in ("Is this", "like this?"))
+    (turn,), _ = plugin.question_of(Chat([{"role": "user", "content": [red, one, blue, other]}]), "Is this like this?")
+    assert (turn.text, turn.images) == ("Is this <image 2> like this?", (0, 1))
+    (turn,), _ = plugin.question_of(Chat([{"role": "user", "content": [red, one, blue]}]), "Is this")
+    assert turn.text == "Is this"

@@ -5,17 +5,21 @@
 Only this file needs lmms-eval, and only lmms-eval imports it.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.protocol import ChatMessages
 
 from llama3v.engines.base import EngineImage, Question
 from llama3v.engines.terminal import open_engine
 from llama3v.errors import PromptError
 from llama3v.model.prompt import Turn
+
+if TYPE_CHECKING:  # lmms_eval.protocol may be what is being imported while this plug-in is loaded
+    from lmms_eval.protocol import ChatMessages
 
 MODEL_ID = "llama3v"
 LENGTH = 128  # new tokens, where a task does not say
@@ -67,26 +71,49 @@ class Llama3V(lmms):
         raise NotImplementedError("llama3v answers lmms-eval in one round")
 
     def _question(self, request: Any) -> Question:
-        _, to_messages, _, number, task, split = request.args
-        return question_of(ChatMessages(messages=to_messages(self.task_dict[task][split][number])))
+        from lmms_eval.protocol import ChatMessages
+
+        context, to_messages, _, number, task, split = request.args
+        return question_of(ChatMessages(messages=to_messages(self.task_dict[task][split][number])), context)
 
 
-def question_of(chat: ChatMessages) -> Question:
-    """Turns and pictures of lmms-eval's messages. Raises PromptError for video and sound."""
+def question_of(chat: "ChatMessages", context: str = "") -> Question:
+    """Turns and pictures of lmms-eval's messages. Raises PromptError for video and sound.
+
+    Our models see a turn's pictures before its text, so what points at them stays in the text. lmms-eval makes messages of
+    a text with marks (MMMU's "<image 2>") by cutting it there; `context`, the request's text, still has them.
+    """
     turns: list[Turn] = []
     images: list[EngineImage] = []
     for message in chat.messages:
-        texts, own = [], []
+        pieces, own = [], []
         for part in message.content:
             if part.type == "text":
-                texts.append(part.text)
+                pieces.append(part.text)
             elif part.type == "image":
                 own.append(len(images))
                 images.append(part.url.convert("RGB"))
+                pieces.append(_Mark(f"<image {len(own)}>"))
             else:
                 raise PromptError(f"expected text and images from the task, found {part.type}")
-        turns.append(Turn(message.role, "".join(texts), tuple(own)))
+        turns.append(Turn(message.role, _text(pieces), tuple(own)))
+    if len(turns) == 1 and images and len(set(_MARKS.findall(context))) == len(images):
+        turns[0] = replace(turns[0], text=context)
     return turns, images
+
+
+class _Mark(str):
+    """Stands for a picture in a list of texts."""
+
+
+_MARKS = re.compile(r"<image \d+>")  # MMMU's
+
+
+def _text(pieces: Sequence[str]) -> str:
+    """The texts of a turn; pictures between them are marked by their number, those around them are not."""
+    texts = [number for number, piece in enumerate(pieces) if not isinstance(piece, _Mark)]
+    within = pieces[texts[0] : texts[-1] + 1] if texts else []
+    return (" " if any(isinstance(piece, _Mark) for piece in within) else "").join(within)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
