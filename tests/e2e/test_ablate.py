@@ -12,7 +12,7 @@ from training import make_pictures
 import llama3v
 from llama3v.config import AblateConfig, EncodeConfig
 from llama3v.errors import CheckpointError, ConfigError
-from llama3v.evaluate.ablation_table import interval, verdict
+from llama3v.evaluate.ablation_table import interval, student_t, verdict
 from llama3v.evaluate.variants import parse_variant, parse_variants
 from llama3v.model.llama3v import build_model
 
@@ -117,13 +117,18 @@ def test_intervals_are_students() -> None:
     # t of two degrees of freedom is 4.303; the deviation of 1, 2, 3 is 1
     assert interval([1.0, 2.0, 3.0]) == {
         "value": 2.0,
-        "low": pytest.approx(2 - 4.303 / math.sqrt(3)),
-        "high": pytest.approx(2 + 4.303 / math.sqrt(3)),
+        "low": pytest.approx(2 - 4.302653 / math.sqrt(3)),
+        "high": pytest.approx(2 + 4.302653 / math.sqrt(3)),
     }
     assert interval([0.5]) == {"value": 0.5, "low": None, "high": None}
     assert verdict(interval([1.0, 2.0, 3.0]), lower_is_better=True) == "within noise"
     assert verdict(interval([1.0, 1.1, 0.9]), lower_is_better=True) == "worse"
     assert verdict(interval([1.0, 1.1, 0.9]), lower_is_better=False) == "better"
+
+
+def test_quantiles_are_students_for_any_number_of_seeds() -> None:
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 10: 2.228, 11: 2.201, 20: 2.086, 29: 2.045, 120: 1.980}
+    assert {freedom: round(student_t(freedom), 3) for freedom in printed} == printed
 
 
 def test_an_mlp_starts_with_tokens_as_large_as_text(tiny_vision_dir: Path, tiny_llm_dir: Path) -> None:

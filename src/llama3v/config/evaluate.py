@@ -100,7 +100,7 @@ class AblateConfig:
 
     Example:
         llama3v ablate --data train.json --validation dev.json --cache cache --vision siglip --llm smollm2 \\
-            --variants linear mlp blocks=1 r=1 --pretrain-steps 100 --sft-steps 100 --out ablation
+            --variants linear mlp blocks=1 r=1 --row-tokens 1024 --pretrain-steps 100 --sft-steps 100 --out ablation
     """
 
     data: Annotated[tuple[str, ...], arg(metavar="DATA...")]

@@ -11,9 +11,6 @@ MEASURES = {
 }
 """Name in the table -> name in a training's summary."""
 
-# Student's t, two-sided 95%, by degrees of freedom: few seeds make wide intervals, and that must show
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 
 def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row for each variant.
@@ -49,9 +46,30 @@ def interval(differences: list[float]) -> dict[str, float | None]:
     count, value = len(differences), mean(differences)
     if count < 2:
         return {"value": value, "low": None, "high": None}
-    t95 = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-    half = t95 * stdev(differences) / math.sqrt(count)
+    half = student_t(count - 1) * stdev(differences) / math.sqrt(count)
     return {"value": value, "low": value - half, "high": value + half}
+
+
+def student_t(freedom: int, confidence: float = 0.95) -> float:
+    """The two-sided quantile of Student's t: few seeds make wide intervals, and that must show."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < confidence else (low, middle)
+    return low
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """The probability that |T| < t (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * power / (power + 1)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def verdict(difference: dict[str, Any] | None, *, lower_is_better: bool) -> str:

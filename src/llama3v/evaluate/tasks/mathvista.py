@@ -67,7 +67,7 @@ def read_number(extraction: str, answer_type: str, precision: int) -> str | None
 
 class MathVista(Task):
     name = "mathvista"
-    rule = "MathVista, quick extraction (no GPT extraction: not comparable with scores that used one)"
+    rule = "MathVista, quick extraction (no GPT extraction: not comparable with scores that used one); a leading letter (B.) counts, which is ours"
     hub = "AI4Math/MathVista"
     files = ("testmini-*.parquet", "data/testmini-*.parquet", "*.parquet", "testmini.json", "*.json")
     max_new_tokens = 64
