@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llama3v.cli import main
 from llama3v.config import AskConfig, ExportConfig, Sampling
 from llama3v.engines import llama_api
 from llama3v.engines.ask import ask
@@ -194,6 +195,38 @@ def test_a_smaller_kv_cache_still_answers(exported, kv: str) -> None:
     assert engine.answer(turns, images, max_new_tokens=8)
     assert engine.context_tokens == 256
     engine.llm.close()
+
+
+def test_kv_and_context_of_the_command_line_reach_llama_cpp(exported, tmp_path: Path, monkeypatch, capsys) -> None:
+    from llama3v.engines import llamacpp
+
+    opened = []
+    original = llamacpp.Llama
+    monkeypatch.setattr(llamacpp, "Llama", lambda path, **how: opened.append(how) or original(path, **how))
+    picture(1).save(tmp_path / "photo.png")
+    options = ["--model", str(exported[0]), "--kv", "f32", "--context", "300", "--max-new-tokens", "4"]
+    assert main(["ask", "What?", *options]) == 0
+    assert main(["caption", str(tmp_path / "photo.png"), *options]) == 0
+    assert [how["kv"] for how in opened] == ["f32", "f32"]
+    assert all(how["context_tokens"] < 300 for how in opened)  # no more than the question needs
+    assert main(["ask", "What? " * 200, *options]) == 2
+    assert opened[-1]["context_tokens"] == 300
+    assert "or give --context, up to 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kv": "q5_1"}, "one of f32, f16, q8_0, q4_0, found q5_1"),
+        ({"context_tokens": 100_000}, "at most 1024 tokens, for which this model was trained"),
+        ({"context_tokens": 0}, "1 token or more"),
+    ],
+)
+def test_a_kv_cache_that_cannot_be_is_refused_in_one_line(exported, options: dict, reason: str) -> None:
+    from llama3v.engines.llamacpp import LlamaCppEngine
+
+    with pytest.raises(ConfigError, match=reason):
+        LlamaCppEngine(exported[0], tower="torch", **options)
 
 
 def test_an_engine_with_room_for_one_question_answers_it_as_a_large_one_does(exported, engines) -> None:

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
-from llama3v.config.base import MaybePath, MaybeText, bytes, is_default, is_name, option, require
+from llama3v.config.base import MaybeInt, MaybePath, MaybeText, bytes, is_default, is_name, option, require
 
 Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "int8", "int4"]
 Detail = Literal["low", "high"]
 Runtime = Literal["torch", "llamacpp", "mlx", "auto"]
 AnswerWeights = Literal["full", "int8", "int4"]
+KvType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Sampling:
 
 
 MaybeRuntime = Annotated[Runtime | None, arg(metavar="{torch,llamacpp,mlx,auto}", help_behavior_hint="")]
+MaybeKv = Annotated[KvType | None, arg(metavar="{f32,f16,q8_0,q4_0}", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,10 @@ class Running:
     fastest. Without it: llamacpp for a GGUF pair, else torch."""
     weights: AnswerWeights = "full"
     """Hold the LLM's matrices in 8 or 4 bits: less memory, other answers. full: as they are."""
+    kv: MaybeKv = None
+    """llamacpp: type of the KV cache (default: f16). q8_0 takes half of its memory, q4_0 a quarter."""
+    context: MaybeInt = None
+    """llamacpp: most tokens of a conversation (default: what the model was trained for, at most 8192)."""
 
 
 @dataclass(frozen=True)

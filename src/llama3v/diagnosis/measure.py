@@ -66,7 +66,7 @@ def towers(seconds: float) -> dict[str, float | str]:
 
 def decoders() -> dict[str, float | str]:
     """Engine -> tokens per second of the embedded model; or why it cannot."""
-    from llama3v.config import ExportConfig
+    from llama3v.config import ExportConfig, Running
     from llama3v.engines import choose
     from llama3v.exporters.verbs import export
     from llama3v.model.llama3v import build_model, save_model
@@ -81,7 +81,7 @@ def decoders() -> dict[str, float | str]:
             if name == "llamacpp":
                 directory = pair
                 export(ExportConfig(out=pair, model=str(model), format="gguf", tower="none", check=False))
-            return choose.tokens_per_second(choose.open_engine(directory, name).engine)
+            return choose.tokens_per_second(choose.open_engine(directory, Running(engine=name)).engine)
 
         return {name: _or_reason(measure, name) for name in choose.NEEDS}
 

@@ -28,7 +28,7 @@ def ask(config: AskConfig, engine: Engine | None = None) -> dict[str, Any]:
     pictures = [read_picture(name) for name in names]  # before the model: a bad file is told at once
     started = time.perf_counter()
     room = Room(len(pictures), len(question.encode("utf-8", "replace")), config.max_new_tokens, config.detail == "high")
-    engine = engine or open_engine(config.model, config.engine, weights=config.weights, room=room)
+    engine = engine or open_engine(config.model, config, room=room)
     loaded = time.perf_counter()
     turns = [Turn("user", question, tuple(range(len(pictures))))]
     generation = engine.generate(

@@ -39,11 +39,18 @@ class CachedEngine(ABC):
         tile_size: int,
         max_tiles: int,
         feature_shape: tuple[int, int],
+        trained_tokens: int | None = None,
     ) -> None:
-        """`feature_shape`: (patches, width) of a tile's features at the cut."""
+        """Make it ready.
+
+        Args:
+            feature_shape: (patches, width) of a tile's features at the cut.
+            trained_tokens: how far `context_tokens` could be raised (--context); default: not at all.
+        """
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.context_tokens = context_tokens
+        self._trained_tokens = trained_tokens or context_tokens
         self._grammars = Grammars(tokenizer, renderer.stop_ids)
         self.conversations = len(caches)
         self._caches = caches
@@ -137,10 +144,15 @@ class CachedEngine(ABC):
         seen = [self._look_at(image) for image in images]
         rendered = self.renderer.render(turns, [image.grid for image in seen], generate=True)
         if len(rendered.ids) + max_new_tokens > self.context_tokens:
+            room = (
+                f", or give --context, up to {self._trained_tokens}"
+                if self._trained_tokens > self.context_tokens
+                else ""
+            )
             raise PromptError(
                 f"expected at most {self.context_tokens} tokens (the model's context), found a prompt of "
                 f"{len(rendered.ids)} and an answer of up to {max_new_tokens}; ask with fewer images, fewer turns or "
-                "--max-new-tokens"
+                f"--max-new-tokens{room}"
             )
         return Prompt(rendered, seen)
 

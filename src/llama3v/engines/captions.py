@@ -157,11 +157,7 @@ class _Job:
         if not pictures:
             return []
         self.engine = self.engine or open_engine(
-            self.config.model,
-            self.config.engine,
-            weights=self.config.weights,
-            room=self._room(),
-            quiet=not self.progress.disable,
+            self.config.model, self.config, room=self._room(), quiet=not self.progress.disable
         )
         turns = [Turn("user", self.config.prompt, (0,))]
         questions = [(turns, [at_detail(picture, self.config.detail, self.engine)]) for picture in pictures]

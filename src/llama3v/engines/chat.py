@@ -88,7 +88,7 @@ def chat(config: ChatConfig, engine: Engine | None = None) -> dict[str, Any]:
     """
     console = messages()
     pictures = [read_picture(name) for name in config.images]
-    conversation = Conversation(engine or open_engine(config.model, config.engine, weights=config.weights), config)
+    conversation = Conversation(engine or open_engine(config.model, config), config)
     for data, image in pictures:
         conversation.show(data, image)
     if sys.stdin.isatty():

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama3v.config import AnswerWeights, Runtime
+from llama3v.config import Running
 from llama3v.engines.base import Engine, Room
 from llama3v.engines.llamacpp import is_gguf_pair
 from llama3v.errors import ConfigError
@@ -27,27 +27,29 @@ class Choice:
 
 def open_engine(
     model: str | Path,
-    runtime: Runtime | None = None,
+    running: Running = Running(),  # noqa: B008 (frozen)
     *,
-    weights: AnswerWeights = "full",
     conversations: int = 1,
     room: Room | None = None,
 ) -> Choice:
     """The engine of a model directory, GGUF pair or hub name.
 
-    Args: see `Running` in config/run.py; conversations: see Engine; room: see LlamaCppEngine, others do not need it.
+    Args:
+        running: on what, and how.
+        conversations: see Engine.
+        room: see LlamaCppEngine; others do not need it.
 
     Raises CheckpointError, and ConfigError where an extra is missing or the engine cannot run this kind of model.
     """
-    if runtime != "auto":
+    if running.engine != "auto":
         default = "llamacpp" if is_gguf_pair(model) else "torch"
-        return Choice(_open(runtime or default, model, weights, conversations, room))
+        return Choice(_open(running.engine or default, model, running, conversations, room))
     best: Engine | None = None
     speeds: dict[str, float] = {}
     left_out = []
     for name in NEEDS:
         try:
-            engine = _open(name, model, weights, conversations, room)
+            engine = _open(name, model, running, conversations, room)
         except ConfigError as error:  # another error is of the model, and holds for every engine
             left_out.append(f"{name} ({str(error).split(':')[0]})")
             continue
@@ -72,7 +74,7 @@ def tokens_per_second(engine: Engine) -> float:
     return max(1, generation.counts.new_tokens) / seconds
 
 
-def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: int, room: Room | None) -> Engine:
+def _open(name: str, model: str | Path, running: Running, conversations: int, room: Room | None) -> Engine:
     absent = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
     if absent:
         raise ConfigError(
@@ -85,18 +87,25 @@ def _open(name: str, model: str | Path, weights: AnswerWeights, conversations: i
             else f"{model} is a GGUF pair, which the engine {name} does not run: give --engine llamacpp"
         )
     if name == "llamacpp":
-        if weights != "full":
+        if running.weights != "full":
             raise ConfigError(
-                f"--weights {weights} is decided when a GGUF pair is written: `llama3v export --format gguf --weights "
-                f"{'q8_0' if weights == 'int8' else 'q4_k_m'}`, and then ask with --weights full"
+                f"--weights {running.weights} is decided when a GGUF pair is written: `llama3v export --format gguf "
+                f"--weights {'q8_0' if running.weights == 'int8' else 'q4_k_m'}`, and then ask with --weights full"
             )
         from llama3v.engines.llamacpp import LlamaCppEngine
 
-        return LlamaCppEngine(model, conversations=conversations, room=room)
+        kv, context = running.kv or "f16", running.context
+        return LlamaCppEngine(model, kv=kv, context_tokens=context, conversations=conversations, room=room)
+    for option, value in (("--kv", running.kv), ("--context", running.context)):
+        if value is not None:
+            raise ConfigError(
+                f"{option} {value} is for the engine llamacpp, and the engine {name} makes its KV cache as it is needed: "
+                f"leave it away, or give a GGUF pair of `llama3v export --format gguf`"
+            )
     if name == "mlx":
         from llama3v.engines.mlx import MlxEngine
 
-        return MlxEngine(model, weights=weights, conversations=conversations)
+        return MlxEngine(model, weights=running.weights, conversations=conversations)
     from llama3v.engines.torch import TorchEngine  # slow to import
 
-    return TorchEngine(model, weights=weights, conversations=conversations)
+    return TorchEngine(model, weights=running.weights, conversations=conversations)

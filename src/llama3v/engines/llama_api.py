@@ -190,7 +190,7 @@ class Llama:
             fused one rounds differently in other passes (engines/llama_group.py).
 
     Raises:
-        ConfigError: the library is absent or another than the known one.
+        ConfigError: the library is absent or another than the known one, or `kv` is none of the types.
         CheckpointError: the file is damaged, or of another kind.
     """
 
@@ -205,6 +205,8 @@ class Llama:
     ) -> None:
         self._model: int | None = None
         self._context: int | None = None
+        if kv not in KV_TYPES:
+            raise ConfigError(f"expected a KV cache in one of {', '.join(KV_TYPES)}, found {kv} (--kv)")
         require_gguf(path)
         self._lib = library()
         _complaints.clear()
@@ -215,8 +217,8 @@ class Llama:
         self._vocabulary = self._lib.llama_model_get_vocab(self._model)
         self.vocabulary: int = self._lib.llama_vocab_n_tokens(self._vocabulary)
         self.hidden: int = self._lib.llama_model_n_embd(self._model)
-        trained = self._lib.llama_model_n_ctx_train(self._model)
-        self.context_tokens = min(context_tokens or MOST_CONTEXT, trained)
+        self.trained_tokens: int = self._lib.llama_model_n_ctx_train(self._model)
+        self.context_tokens = min(context_tokens or MOST_CONTEXT, self.trained_tokens)
         self._open_context(kv, threads or cores(), sequences)
 
     def _open_context(self, kv: str, threads: int, sequences: int) -> None:
@@ -237,7 +239,7 @@ class Llama:
             reason = next((line for line in _complaints if line), "it gave no reason")
             raise ConfigError(
                 f"llama.cpp cannot open a context of {self.context_tokens} tokens with a KV cache in {kv} for this "
-                f"model ({reason}); take a smaller context or --kv f16"
+                f"model ({reason}); take a smaller --context or --kv f16"
             )
         found = tuple(
             getattr(self._lib, f"llama_n_{name}")(self._context) for name in ("ctx", "batch", "seq_max", "threads")

@@ -21,7 +21,7 @@ from llama3v.engines.llama_api import MOST_CONTEXT, Llama
 from llama3v.engines.llama_group import LlamaGroup
 from llama3v.engines.prefix import Caches, Span
 from llama3v.engines.together import Together
-from llama3v.errors import CheckpointError
+from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles
 
@@ -37,11 +37,11 @@ class LlamaCppEngine(CachedEngine):
     Args:
         directory: holds model.gguf, mmproj.gguf and tokenizer.json.
         kv: type of the KV cache: "f32", "f16", "q8_0" or "q4_0".
-        context_tokens: default: what the model was trained for, at most 8192.
+        context_tokens: most of a conversation; default: what the model was trained for, at most 8192.
         tower: engine of the vision tower (feature_cache/encoders); default: OpenVINO where it is installed, else torch.
         threads: default: the cores that this process may use.
         conversations: see Engine; each has a KV cache of `context_tokens` from the start.
-        room: for all that a conversation will hold, instead of `context_tokens`; without, the first image opens the tower.
+        room: for all that a conversation will hold, up to `context_tokens`; without, the first image opens the tower.
 
     Raises CheckpointError for files that are absent, damaged or no pair, ConfigError where an extra is missing.
     """
@@ -60,11 +60,13 @@ class LlamaCppEngine(CachedEngine):
         room: Room | None = None,
     ) -> None:
         check_conversations(conversations)
+        if context_tokens is not None and context_tokens < 1:
+            raise ConfigError(f"expected a context of 1 token or more, found {context_tokens} (--context)")
         self._together: Together | None = None
         folder = Path(directory)
         self.vision = vision = GgufVision(folder / VISION_FILE, tower)
         tiles = {"max_tiles": vision.max_tiles, "tokens_per_tile": vision.tokens_per_tile}
-        places = context_tokens if room is None else tokens_of(room, **tiles)
+        places = context_tokens if room is None else tokens_of(room, most=context_tokens or MOST_CONTEXT, **tiles)
         with ThreadPoolExecutor(2, "open") as pool:  # both are other libraries' work, without Python's lock
             llm = pool.submit(
                 Llama,
@@ -82,6 +84,11 @@ class LlamaCppEngine(CachedEngine):
             self.llm = llm.result()
             if opened is not None:
                 opened.result()
+        if context_tokens is not None and context_tokens > self.llm.trained_tokens:
+            raise ConfigError(
+                f"expected a context of at most {self.llm.trained_tokens} tokens, for which this model was trained, "
+                f"found {context_tokens} (--context)"
+            )
         if vision.hidden != self.llm.hidden:
             raise CheckpointError(
                 f"{folder}: {VISION_FILE} makes visual tokens of {vision.hidden} numbers, {LLM_FILE} takes "
@@ -92,6 +99,7 @@ class LlamaCppEngine(CachedEngine):
             renderer,
             self._new_caches(conversations),
             context_tokens=self.llm.context_tokens,
+            trained_tokens=self.llm.trained_tokens,
             tile_size=vision.tile_size,
             max_tiles=vision.max_tiles,
             feature_shape=vision.feature_shape,
@@ -145,11 +153,11 @@ class LlamaReader:
         self._llm.forget(keep)
 
 
-def tokens_of(room: Room, *, max_tiles: int, tokens_per_tile: int) -> int:
+def tokens_of(room: Room, *, max_tiles: int, tokens_per_tile: int, most: int = MOST_CONTEXT) -> int:
     """Places in a KV cache that hold it; making 8192 ready takes as long as loading an LLM of 100 million weights."""
     image = (1 + room.slices * max_tiles) * (tokens_per_tile + 2)  # a tile has a mark after it
     text = 3 * room.text_bytes  # a byte makes one token at most, and Unicode's NFC makes 3 bytes of one at most
-    return min(room.images * image + text + room.new_tokens + _MARKS, MOST_CONTEXT)
+    return min(room.images * image + text + room.new_tokens + _MARKS, most)
 
 
 def is_gguf_pair(name: str | Path) -> bool:

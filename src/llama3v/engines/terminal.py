@@ -11,6 +11,7 @@ from unicodedata import category
 from rich.console import Console
 from rich.markup import escape
 
+from llama3v.config import Running
 from llama3v.engines.base import BatchEngine, Engine, EngineImage, Room
 from llama3v.errors import ImageError
 from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_file
@@ -18,7 +19,7 @@ from llama3v.model.tiles import MAX_BYTES, decode_image, overview, read_image_fi
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llama3v.config import AnswerWeights, Detail, Runtime
+    from llama3v.config import Detail
 
 STDIN = "-"
 PICTURE_COLUMNS = 60
@@ -32,9 +33,8 @@ def messages() -> Console:
 
 def open_engine(
     model: str,
-    runtime: "Runtime | None" = None,
+    running: Running = Running(),  # noqa: B008 (frozen)
     *,
-    weights: "AnswerWeights" = "full",
     room: Room | None = None,
     quiet: bool = False,
 ) -> Engine:
@@ -47,7 +47,7 @@ def open_engine(
     from llama3v.engines import choose
 
     with nullcontext() if quiet else messages().status(f"Loading {escape(model)}"):
-        choice = choose.open_engine(model, runtime, weights=weights, room=room)
+        choice = choose.open_engine(model, running, room=room)
     if choice.reason:
         messages().print(escape(choice.reason))
     return choice.engine

@@ -165,12 +165,14 @@ def _write_vocabulary(gguf: Any, writer: Any, tokenizer: Any, renderer: Renderer
     writer.add_token_list(names)
     writer.add_token_types([kinds[special.get(number)] for number in range(len(names))])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
+    begin = tokenizer.bos_token_id if renderer.begin_id is None else renderer.begin_id
+    if begin is not None:
+        writer.add_bos_token_id(begin)
     writer.add_eos_token_id(renderer.stop_ids[0])
     writer.add_eot_token_id(renderer.stop_ids[0])
     writer.add_pad_token_id(renderer.stop_ids[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # the chat template writes it
+    # Ollama's templates leave the begin token to this. Where it is set, llama.cpp takes it off what the chat template writes
+    writer.add_add_bos_token(renderer.begin_id is not None)
 
 
 def _pattern_name(pre_tokenizer: dict[str, Any] | None) -> str:

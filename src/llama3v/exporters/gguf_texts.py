@@ -1,6 +1,7 @@
 """The two texts beside a GGUF pair: Ollama's Modelfile and the README."""
 
-# format -> before a role, after it, and at the end of a turn (the begin token is the tokenizer's, see Ollama's docs)
+# format -> before a role, after it, and at the end of a turn. The begin token is none of the template's: Ollama and
+# llama.cpp write it where the GGUF file says so (`tokenizer.ggml.add_bos_token`), and a second one would be an error.
 _PIECES = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "\n", "<|im_end|>\n"),

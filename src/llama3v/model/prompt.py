@@ -201,6 +201,11 @@ class Renderer:
             self._header(out, "assistant")
         return out
 
+    @property
+    def begin_id(self) -> int | None:
+        """The token with which every prompt begins, if this format has one."""
+        return None if self._form.begin is None else self._control[self._form.begin]
+
     def name_of(self, control: int) -> str:
         """How the tokenizer writes a token, such as one of `stop_ids`."""
         return str(self._plain.id_to_token(control))

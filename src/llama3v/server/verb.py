@@ -161,7 +161,7 @@ def _open_engine(config: ServeConfig) -> "CachedEngine":
     from llama3v.engines.cached import CachedEngine
     from llama3v.engines.choose import open_engine
 
-    choice = open_engine(config.model, config.engine, weights=config.weights, conversations=config.parallel)
+    choice = open_engine(config.model, config, conversations=config.parallel)
     if choice.reason:
         print(choice.reason, file=sys.stderr)
     assert isinstance(choice.engine, CachedEngine), "all engines of choose.py are"
