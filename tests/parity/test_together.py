@@ -134,8 +134,9 @@ class Crowd:
                 self.errors[number] = error
             ended()
 
-        self._threads.append(threading.Thread(target=run))
-        self._threads[-1].start()
+        thread = threading.Thread(target=run)
+        thread.start()  # before it is listed: another thread may wait for all that are
+        self._threads.append(thread)
 
     @contextmanager
     def gathered(self, count: int) -> Iterator[None]:
