@@ -21,7 +21,7 @@ from llama3v.engines.ask import ask
 from llama3v.engines.captions import caption
 from llama3v.engines.chat import chat
 from llama3v.engines.torch import TorchEngine
-from llama3v.errors import ConfigError, DataError
+from llama3v.errors import ConfigError, DataError, ImageError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import make_tiles
 
@@ -89,6 +89,34 @@ def test_an_image_comes_from_stdin(engine: TorchEngine, pictures: list[str], mon
     from_file = ask(AskConfig((pictures[0], "What?"), max_new_tokens=8), engine)["answer"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(pictures[0]).read_bytes())))
     assert ask(AskConfig(("-", "What?"), max_new_tokens=8), engine)["answer"] == from_file
+
+
+def test_caption_reads_one_image_from_stdin_beside_files(
+    engine: TorchEngine, pictures: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def captioned(*inputs: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(pictures[0]).read_bytes())))
+        caption(CaptionConfig(inputs, max_new_tokens=8), engine)
+        return capsys.readouterr().out
+
+    assert captioned("-") == captioned(pictures[0]) != captioned(pictures[1])
+    assert captioned("-", pictures[1]).splitlines()[0] == "-\t" + captioned(pictures[0]).strip()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"no picture at all")))
+    with pytest.raises(ImageError, match=r"^stdin: "):
+        caption(CaptionConfig(("-",)), engine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["caption", "-", "-"], "stdin holds one image"),
+        (["caption", "-", "--sidecar"], "--sidecar needs files"),
+        (["chat", "-"], "chat reads questions from stdin"),
+    ],
+)
+def test_what_stdin_cannot_hold_is_one_line(arguments: list[str], reason: str, capsys) -> None:
+    assert main(arguments) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_the_command_writes_plain_text_to_a_pipe(tiny_model_dir: Path, pictures: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The reference engine: streaming, batches, cached features and refusals; Conversation; the detokenizer."""
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,7 @@ from llama3v.model.frozen import hold
 from llama3v.model.llama3v import load_model, save_model
 from llama3v.model.prompt import Turn
 from llama3v.model.slicing import Grid
+from llama3v.model.tiles import decode_image
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,37 @@ def test_a_damaged_model_is_told_and_not_heard(tiny_model_dir: Path) -> None:
         damaged.model.get_output_embeddings().weight[7] = float("nan")
     with pytest.raises(CheckpointError, match="NaN"):
         damaged.answer([Turn("user", "Hello")], max_new_tokens=4)
+
+
+def test_pictures_that_differ_in_their_palettes_alone_are_different_pictures(engine: TorchEngine) -> None:
+    red, blue = (Image.new("P", (50, 40)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert red.tobytes() == blue.tobytes()
+    assert engine._look_at(red).key != engine._look_at(blue).key
+    assert engine._look_at(red).key == engine._look_at(red.convert("RGB")).key  # what the model sees is its name
+
+
+@pytest.mark.parametrize("kind", ["turned", "transparent", "transparent palette"])
+def test_a_picture_is_seen_as_its_file_is(engine: TorchEngine, kind: str) -> None:
+    """EXIF is obeyed once and transparency is white, whether a caller gives a file, opens it, or decodes it."""
+    image = picture(90, 40)
+    options: dict[str, Any] = {}
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        options = {"exif": exif}
+    else:
+        image.putalpha(Image.radial_gradient("L").resize(image.size))
+        image = image.quantize(16) if kind.endswith("palette") else image
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    expected = engine.features_of(file.getvalue())
+    for opened in (Image.open(file), decode_image(file.getvalue())):
+        found = engine.features_of(opened)
+        assert torch.equal(found.features, expected.features)
+        assert found.grid == engine._look_at(opened).grid == expected.grid
+    assert not torch.equal(expected.features, engine.features_of(image.convert("RGB")).features)
 
 
 def test_apples_gpu_is_used_where_it_is_there_and_computes_in_bf16(tiny_model_dir: Path, monkeypatch) -> None:

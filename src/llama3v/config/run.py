@@ -128,6 +128,7 @@ class ChatConfig(Sampling, Running):
     """high: an overview of each image and slices of large ones. low: the overview only."""
 
     def __post_init__(self) -> None:
+        require("-" not in self.images, "chat reads questions from stdin, so no image can come from there; name a file")
         require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
         super().__post_init__()
 
@@ -143,7 +144,7 @@ class CaptionConfig(Running):
     """
 
     inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")]
-    """Image files or folders."""
+    """Image files or folders; - reads one image from stdin."""
     model: str = "runs/quickstart"
     """A Llama 3-V model directory or hub name."""
     prompt: str = "Describe the image."
@@ -165,6 +166,10 @@ class CaptionConfig(Running):
 
     def __post_init__(self) -> None:
         require(len(self.inputs) >= 1, "give image files or folders: llama3v caption photo.jpg")
+        require(self.inputs.count("-") <= 1, 'give "-" once: stdin holds one image; name the others as files')
+        require(
+            "-" not in self.inputs or not self.sidecar, "--sidecar needs files: an image from stdin has none beside it"
+        )
         require(self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; give 1 or more")
         require(self.format == "jsonl" or self.out is not None, f"--format {self.format} needs a directory: --out DIR")
 

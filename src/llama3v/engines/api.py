@@ -13,7 +13,7 @@ from typing import Any
 from llama3v.engines.base import EngineImage, ImageFeatures, Question
 from llama3v.errors import ConfigError, PromptError
 from llama3v.model.prompt import Turn
-from llama3v.model.tiles import decode_image, open_image, orientation_of
+from llama3v.model.tiles import decode_image, open_image, orientation_of, upright_rgb
 
 KEY = "OPENAI_API_KEY"
 AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -131,7 +131,7 @@ def data_url(image: EngineImage) -> str:
             return f"data:{kind};base64,{base64.b64encode(image).decode()}"
         image = decode_image(image)
     file = BytesIO()
-    image.save(file, "PNG")
+    upright_rgb(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -57,7 +57,7 @@ class ImageFeatures:
 
 
 EngineImage: TypeAlias = "bytes | Image.Image | ImageFeatures"
-"""The bytes of an image file, a decoded picture, or what the feature cache holds for one."""
+"""The bytes of an image file, a decoded picture (of any mode, EXIF obeyed), or what the feature cache holds for one."""
 
 Question: TypeAlias = tuple[Sequence[Turn], Sequence[EngineImage]]
 """Turns that end with the user's, and the images that they own, in order."""

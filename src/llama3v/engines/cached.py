@@ -16,7 +16,7 @@ from llama3v.engines.prefix import Caches, Prompt, SeenImage
 from llama3v.engines.turns import FairLock
 from llama3v.errors import ConfigError, PromptError
 from llama3v.model.prompt import Renderer, Turn
-from llama3v.model.tiles import Tiles, decode_image, image_key, make_tiles
+from llama3v.model.tiles import Tiles, decode_image, image_key, make_tiles, upright_rgb
 
 REMEMBERED_IMAGES = 16
 
@@ -160,6 +160,8 @@ class CachedEngine(ABC):
         """Decode and cut an image, unless it is among those remembered; the tower runs when an answer needs it."""
         if isinstance(image, SeenImage):
             return image
+        if isinstance(image, Image.Image):
+            image = upright_rgb(image)  # before its key: palettes and EXIF are no part of the pixels
         key = _key(image)
         with self._seen_lock:
             if key in self._seen:
@@ -177,8 +179,8 @@ class CachedEngine(ABC):
         if isinstance(image, ImageFeatures):
             self._check(image)
             return SeenImage(key, image.grid, lambda: self._visual_tokens_of_features(image), self._vision_lock)
-        picture: Image.Image = decode_image(image) if isinstance(image, bytes) else image
-        tiles = make_tiles(picture.convert("RGB"), self.tile_size, self._max_tiles)
+        picture = decode_image(image) if isinstance(image, bytes) else image
+        tiles = make_tiles(picture, self.tile_size, self._max_tiles)
         return SeenImage(key, tiles.grid, lambda: self._visual_tokens_of_tiles(tiles), self._vision_lock)
 
     def _check(self, image: ImageFeatures) -> None:
@@ -202,7 +204,7 @@ def _key(image: EngineImage) -> str:
         return f"features {image_key(image.features.float().cpu().numpy().tobytes())} {image.grid}"
     if isinstance(image, bytes):
         return image_key(image)
-    return image_key(repr((image.mode, image.size)).encode() + image.tobytes())
+    return image_key(repr(image.size).encode() + image.tobytes())
 
 
 def _texts(generation: CachedGeneration) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama3v.config import CaptionConfig
 from llama3v.data.sources.folder import IMAGE_SUFFIXES
+from llama3v.engines.terminal import STDIN
 from llama3v.errors import ConfigError, DataError
 
 
@@ -69,7 +70,7 @@ def images_of(inputs: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """(name, path) of every image: files as they are named, folders in the order of their relative paths."""
     for text in inputs:
         root = Path(text)
-        if not root.is_dir():
+        if text == STDIN or not root.is_dir():
             yield text, root
             continue
         found: list[str] = []

@@ -23,7 +23,17 @@ from llama3v.engines.caption_files import (
     write_csv,
     write_sidecar,
 )
-from llama3v.engines.terminal import at_detail, decode_named, messages, open_engine, printable, write, write_summary
+from llama3v.engines.terminal import (
+    STDIN,
+    at_detail,
+    decode_named,
+    messages,
+    open_engine,
+    printable,
+    read_image,
+    write,
+    write_summary,
+)
 from llama3v.errors import DataError, ImageError
 from llama3v.model.prompt import Turn
 from llama3v.model.tiles import image_key, read_image_file
@@ -104,12 +114,12 @@ class _Job:
                 self._show(name, text)
                 continue
             try:
-                data = read_image_file(path)
+                data = read_image(name) if name == STDIN else read_image_file(path)
                 key = image_key(data)
                 if key in self.store.captions or key in pictures:
                     self.kept += 1
                 else:
-                    pictures[key] = decode_named(data, str(path))
+                    pictures[key] = decode_named(data, "stdin" if name == STDIN else str(path))
                 keys.append((name, path, key))
             except ImageError as error:
                 self._leave_out(name, error)

@@ -69,11 +69,15 @@ def write(text: str) -> None:
 
 def read_picture(name: str) -> tuple[bytes, "Image.Image"]:
     """The bytes of an image file, or of stdin for "-", and the picture. Raises ImageError, naming the file."""
+    data = read_image(name)
+    return data, decode_named(data, "stdin" if name == STDIN else name)
+
+
+def read_image(name: str) -> bytes:
+    """The bytes of an image file, or of stdin for "-". Raises ImageError for a file that cannot be read."""
     if name != STDIN:
-        data = read_image_file(name)
-        return data, decode_named(data, name)
-    data = sys.stdin.buffer.read(MAX_BYTES + 1)  # one too many: decode_image says that it is too large
-    return data, decode_named(data, "stdin")
+        return read_image_file(name)
+    return sys.stdin.buffer.read(MAX_BYTES + 1)  # one too many: decode_image says that it is too large
 
 
 def at_detail(image: "Image.Image", detail: "Detail", engine: BatchEngine) -> EngineImage:

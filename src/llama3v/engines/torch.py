@@ -18,7 +18,7 @@ from llama3v.feature_cache.encoders.torch import best_device
 from llama3v.model.frozen import hold
 from llama3v.model.llama3v import Llama3VForConditionalGeneration, load_model
 from llama3v.model.prompt import Renderer
-from llama3v.model.tiles import Tiles, decode_image, make_tiles, to_pixels
+from llama3v.model.tiles import Tiles, decode_image, make_tiles, to_pixels, upright_rgb
 
 _HELD: dict[AnswerWeights, LlmWeights] = {"full": "fp32", "int8": "int8", "int4": "nf4"}
 
@@ -83,8 +83,8 @@ class TorchEngine(CachedEngine):
         if isinstance(image, ImageFeatures):
             self._check(image)
             return image
-        picture = decode_image(image) if isinstance(image, bytes) else image
-        tiles = make_tiles(picture.convert("RGB"), self.tile_size, self._max_tiles)
+        picture = decode_image(image) if isinstance(image, bytes) else upright_rgb(image)
+        tiles = make_tiles(picture, self.tile_size, self._max_tiles)
         return ImageFeatures(self._trunk(tiles), tiles.grid)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from llama3v.engines.base import EngineImage, Question
 from llama3v.engines.terminal import open_engine
 from llama3v.errors import PromptError
 from llama3v.model.prompt import Turn
+from llama3v.model.tiles import upright_rgb
 
 if TYPE_CHECKING:  # lmms_eval.protocol may be what is being imported while this plug-in is loaded
     from lmms_eval.protocol import ChatMessages
@@ -92,7 +93,7 @@ def question_of(chat: "ChatMessages", context: str = "") -> Question:
                 pieces.append(part.text)
             elif part.type == "image":
                 own.append(len(images))
-                images.append(part.url.convert("RGB"))
+                images.append(upright_rgb(part.url))
                 pieces.append(_Mark(f"<image {len(own)}>"))
             else:
                 raise PromptError(f"expected text and images from the task, found {part.type}")

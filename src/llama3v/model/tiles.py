@@ -105,9 +105,17 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     """
     with open_image(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
         image.load()
-        orientation = orientation_of(image)
-        picture = _to_rgb(image)
-        return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as `decode_image` gives it; without metadata, which would turn it again. Raises ImageError."""
+    orientation = orientation_of(image)
+    picture = _to_rgb(image)
+    if orientation in _UPRIGHT:
+        picture = picture.transpose(_UPRIGHT[orientation])
+    picture.info.clear()
+    return picture
 
 
 @contextmanager
