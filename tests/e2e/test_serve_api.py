@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra llama3v[serve]")
 
+from llama3v.config import Sampling
 from llama3v.engines.torch import TorchEngine
 from llama3v.model.prompt import Turn
 from llama3v.server.response_schema import (
@@ -27,6 +28,7 @@ from llama3v.server.response_schema import (
 from tests.serving import Running, data_url, image_part, png, running, text_part
 
 QUESTION = "What is on the table?"
+EXTENSIONS = {"top_k": 3, "min_p": 0.2, "repetition_penalty": 1.7}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,37 @@ def test_n_answers_differ_by_their_seeds_and_repeat_with_the_same_seed(client) -
 
     assert ask(7) == ask(7) != ask(8)
     assert len(set(ask(7))) == 3
+
+
+def test_top_k_min_p_and_the_repetition_penalty_are_obeyed_as_on_the_command_line(engine, client) -> None:
+    turns = [Turn("user", QUESTION)]
+
+    def asked(**extra) -> str:
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=24,
+            seed=5,
+            temperature=extra.pop("temperature", 1.5),
+            extra_body=extra,
+        )
+        return answer.choices[0].message.content
+
+    found = {name: asked(**{name: value}) for name, value in EXTENSIONS.items()}
+    for name, value in EXTENSIONS.items():
+        sampling = Sampling(temperature=1.5, seed=5, **{name: value})
+        assert found[name] == engine.answer(turns, max_new_tokens=24, sampling=sampling)
+    assert len({asked(), *found.values()}) == 4
+    assert asked(top_k=1) == asked(min_p=0.999) == asked(temperature=0, top_k=-1) == alone(engine, QUESTION)
+
+
+@pytest.mark.parametrize(
+    "field", [{"top_k": -2}, {"top_k": 1.5}, {"min_p": 1}, {"min_p": -0.1}, {"repetition_penalty": 0}]
+)
+def test_an_extension_out_of_its_range_is_refused_by_name(server: Running, field: dict) -> None:
+    reply = server.chat("Hello", **field)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == next(iter(field))
 
 
 def test_an_answer_ends_before_a_stop_text(engine, client) -> None:

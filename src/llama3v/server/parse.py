@@ -57,6 +57,9 @@ def samplings_of(request: Generation, most_choices: int, schema: str | None = No
     options: dict[str, Any] = {
         "temperature": float(request.temperature or 0),
         "top_p": 1.0 if request.top_p is None else float(request.top_p),
+        "top_k": max(0, request.top_k or 0),
+        "min_p": float(request.min_p or 0),
+        "repetition_penalty": 1.0 if request.repetition_penalty is None else float(request.repetition_penalty),
         "stop": stops_of(request),
         "logprobs": alternatives_of(request),
         "json_schema": schema,

@@ -1,7 +1,8 @@
 """The requests of the API, as OpenAI's clients send them.
 
-Fields that nobody here reads are ignored, as long as they change nothing: `user`, `metadata`, `chat_template` (a prompt is
-written by this package alone). A field that would change the answer and cannot be obeyed is refused, see `UNSUPPORTED`.
+A field of OpenAI's that would change the answer and cannot be obeyed is refused, see `UNSUPPORTED`. All other fields that
+are not here are ignored: what changes nothing (`user`, `metadata`), `chat_template` (a prompt is written by this package
+alone), and what only other servers know.
 """
 
 from typing import Annotated, Any, Literal
@@ -60,6 +61,9 @@ class StreamOptions(Body):
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
+TopK = Annotated[int, Field(ge=-1, le=2**31)]
+MinP = Annotated[float, Field(ge=0, lt=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)]
@@ -72,6 +76,9 @@ class Generation(Body):
     max_tokens: Count | None = None
     temperature: Temperature | None = Field(None, description="Default: 0, the likeliest token each time.")
     top_p: Share | None = None
+    top_k: TopK | None = Field(None, description="As vLLM has it, beside OpenAI's: 0 and -1 are all tokens.")
+    min_p: MinP | None = Field(None, description="As vLLM has it, beside OpenAI's.")
+    repetition_penalty: RepetitionPenalty | None = Field(None, description="As vLLM has it, beside OpenAI's; 1: none.")
     n: Count | None = None
     stop: Stop | None = None
     seed: Seed | None = None
