@@ -1,10 +1,13 @@
 """Which engine runs a model: what is named, what the model is, and what is refused with a way out."""
 
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from llama3v.config import AnswerWeights, Running, Runtime
+from llama3v.engines import choose
 from llama3v.engines.choose import NEEDS, open_engine
 from llama3v.errors import ConfigError
 
@@ -58,3 +61,27 @@ def test_options_of_llama_cpp_are_refused_by_other_engines(tiny_model_dir: Path,
     (name,) = options
     with pytest.raises(ConfigError, match=f"--{name} .* is for the engine llamacpp, and the engine torch"):
         open_engine(tiny_model_dir, Running(**options))
+
+
+class Timed:
+    """An engine that knows how fast it is, and is one of its kind in memory."""
+
+    alive: ClassVar[set[int]] = set()
+
+    def __init__(self, name: str, speed: float) -> None:
+        self.name, self.speed, self.itself = name, speed, self  # a circle, as engines have them
+        assert not Timed.alive, "two engines are held at the same time"
+        Timed.alive.add(id(self))
+        weakref.finalize(self, Timed.alive.discard, id(self))
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 3.0, 2.0), (3.0, 1.0, 2.0), (1.0, 2.0, 3.0)])
+def test_auto_takes_the_fastest_and_holds_one_engine_at_a_time(speeds: tuple[float, ...], monkeypatch) -> None:
+    Timed.alive.clear()
+    known = dict(zip(NEEDS, speeds, strict=True))
+    monkeypatch.setattr(choose, "_open", lambda name, *_: Timed(name, known[name]))
+    monkeypatch.setattr(choose, "tokens_per_second", lambda engine: engine.speed)
+    choice = open_engine("a model", Running(engine="auto"))
+    assert choice.engine.name == max(known, key=known.__getitem__)
+    assert choice.reason.startswith(f"engine {choice.engine.name}: 3 tokens/s; ")
+    assert len(Timed.alive) == 1

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "products", lambda: {"fp32": 1e11, "bf16": 2e11})
-    monkeypatch.setattr(measure, "bandwidth", lambda: 2e10)
+    monkeypatch.setattr(measure, "bandwidth", lambda device=None: 2e10)
     refused = "the engine openvino is not installed (there is no module openvino): pip install 'llama3v[openvino]'"
     monkeypatch.setattr(measure, "towers", lambda seconds: {"torch": 6.0, "openvino": refused})
     monkeypatch.setattr(measure, "decoders", lambda: {"torch": 70.0, "llamacpp": 600.0, "mlx": "broken: [red]"})
@@ -58,10 +58,42 @@ def test_the_tables_say_how_fast_and_what_to_install(quick, capsys: pytest.Captu
 
 
 def test_a_model_that_does_not_fit_is_said_not_to() -> None:
-    found = models(available=8e9, bandwidth=1e10)
+    found = models((8e9, 1e10), (8e9, 1e10))
     assert found["Llama 3 8B"]["bf16"] is None
     assert found["Llama 3 8B"]["q4_k_m"] == pytest.approx(1e10 / (8.03e9 * 0.61))
     assert set(found) == set(LLMS)
+
+
+def test_gguf_formats_are_judged_by_main_memory_and_bf16_by_the_gpus() -> None:
+    found = models((64e9, 2e10), (8e9, 1e12))
+    assert found["Llama 3 8B"]["bf16"] is None
+    assert found["Llama 3 8B"]["q8_0"] == pytest.approx(2e10 / (8.03e9 * 1.0625))
+    assert found["Llama 3.2 1B"]["bf16"] == pytest.approx(1e12 / (1.24e9 * 2))
+    assert models((4e9, 2e10), (80e9, 1e12))["Llama 3 8B"]["q4_k_m"] is None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_is_the_memory_that_there_is(tmp_path: Path, version: int) -> None:
+    whole = machine.memory(tmp_path)
+    folder, limit, taken = (tmp_path, "memory.max", "anon")
+    if version == 1:
+        folder, limit, taken = (tmp_path / "memory", "memory.limit_in_bytes", "total_rss")
+        folder.mkdir()
+    (folder / "memory.stat").write_text(f"{taken} 300000000\nfile 5000000000\n")
+    (folder / limit).write_text("1000000000\n")
+    assert machine.memory(tmp_path) == (1_000_000_000, 700_000_000)
+    (folder / limit).write_text("max\n" if version == 2 else "9223372036854771712\n")
+    assert machine.memory(tmp_path)[0] == whole[0]
+
+
+def test_towers_and_decoders_are_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"tile_size": 42, "patch_size": 14, "width": 32, "heads": 2, "mlp_size": 64}
+    monkeypatch.setattr(measure, "SO400M", tiny)
+    for found in (measure.towers(0.01), measure.decoders()):
+        assert found["torch"] > 0  # everywhere
+        told = [value for value in found.values() if isinstance(value, str)]
+        assert all("not installed" in reason for reason in told)
+        assert all(value > 0 for value in found.values() if not isinstance(value, str))
 
 
 def test_every_extra_for_users_is_described() -> None:

@@ -62,6 +62,7 @@ def facts() -> dict[str, Any]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     total, available = memory()
+    on_gpu = gpu_memory()
     flags = _processor_line("flags").split()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -71,6 +72,8 @@ def facts() -> dict[str, Any]:
         "bf16_instructions": any(flag in flags for flag in ("amx_bf16", "avx512_bf16")),
         "memory": total,
         "memory_available": available,
+        "gpu_memory": on_gpu[0] if on_gpu else None,
+        "gpu_memory_available": on_gpu[1] if on_gpu else None,
         "disk_free": shutil.disk_usage(Path.cwd()).free,
         "accelerator": _accelerator(),
         "versions": {name: _version(name) for name in ("llama3v", "torch", "transformers")},
@@ -92,19 +95,35 @@ def advice(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def memory() -> tuple[int, int]:
-    """(all, available) bytes of main memory; of a GPU where there is one that PyTorch uses."""
-    import torch
+def memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """(all, available) bytes of main memory that this process may use: the machine's, or a container's where that is less.
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total, free
+    Args:
+        groups: where Linux shows the limits of the container.
+    """
+    total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     path = Path("/proc/meminfo")
     if path.is_file():
         lines = dict(line.split(":") for line in path.read_text().splitlines())
-        return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total, total
+        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    for folder, file, taken in (
+        (groups, "memory.max", "anon"),
+        (groups / "memory", "memory.limit_in_bytes", "total_rss"),
+    ):
+        if (folder / file).is_file() and (limit := (folder / file).read_text().strip()) != "max":
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            total, available = min(total, int(limit)), min(available, int(limit) - int(counts[taken]))
+    return total, max(available, 0)
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """(all, available) bytes of a GPU with memory of its own that PyTorch uses; None: there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total, free
 
 
 def _accelerator() -> str | None:

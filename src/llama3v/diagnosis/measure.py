@@ -26,13 +26,17 @@ def products() -> dict[str, float]:
     return {"fp32": gemm_rate(device, bf16=False), "bf16": gemm_rate(device, bf16=True)}
 
 
-def bandwidth() -> float:
-    """Bytes per second at which a matrix is read, to multiply a vector: what bounds tokens per second."""
+def bandwidth(device: str | None = None) -> float:
+    """Bytes per second at which a matrix is read, to multiply a vector: what bounds tokens per second.
+
+    Args:
+        device: default: a GPU where there is one.
+    """
     import torch
 
     from llama3v.feature_cache.encoders.torch import best_device
 
-    device = best_device()
+    device = device or best_device().type
     matrix = torch.ones(_WEIGHTS // 8192, 8192, device=device)
     vector = torch.ones(8192, device=device)
     seconds = []

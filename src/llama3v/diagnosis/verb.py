@@ -14,6 +14,8 @@ LLMS = {"Llama 3 8B": 8.03e9, "Llama 3.2 3B": 3.21e9, "Llama 3.2 1B": 1.24e9, "S
 """Language model -> weights."""
 FORMATS = {"bf16": 2.0, "q8_0": 1.0625, "q4_k_m": 0.61}
 """Format -> bytes of a weight, with its scales."""
+OF_LLAMACPP = ("q8_0", "q4_k_m")
+"""Formats of GGUF pairs alone: the llama.cpp that this package runs computes on the CPU, beside any GPU."""
 BESIDE = 3e9
 """Bytes beside an LLM: a tower of so400m in fp32, a KV cache, and the program."""
 
@@ -21,14 +23,16 @@ BESIDE = 3e9
 def doctor(config: DoctorConfig) -> dict[str, Any]:
     """Print what this machine can run, how fast (measured here and now), and what to install.
 
-    Returns the same as {"machine", "advice", "extras", "gemm", "bandwidth", "tile_seconds", "tokens_per_second",
-    "models"}: operations and bytes per second; per engine seconds of a tile, tokens per second, or why it cannot.
+    Returns the same as {"machine", "advice", "extras", "gemm", "bandwidth", "cpu_bandwidth", "tile_seconds",
+    "tokens_per_second", "models"}: operations and bytes per second; per engine seconds of a tile, tokens per second, or
+    why it cannot.
     """
     console = Console(stderr=config.json, highlight=False)
     with console.status("Looking") as status:
         found = machine.facts()
         status.update("Measuring matrix products and memory")
         gemm, bandwidth = measure.products(), measure.bandwidth()
+        cpu_bandwidth = bandwidth if found["accelerator"] is None else measure.bandwidth("cpu")
         status.update("Measuring the vision tower, engine by engine")
         towers = measure.towers(config.seconds)
         status.update("Measuring answers of the embedded model, engine by engine")
@@ -42,9 +46,13 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         },
         "gemm": gemm,
         "bandwidth": bandwidth,
+        "cpu_bandwidth": cpu_bandwidth,
         "tile_seconds": towers,
         "tokens_per_second": decoders,
-        "models": models(found["memory_available"], bandwidth),
+        "models": models(
+            (found["memory_available"], cpu_bandwidth),
+            (found["gpu_memory_available"] or found["memory_available"], bandwidth),
+        ),
     }
     if config.json:
         print(json.dumps(report))
@@ -53,15 +61,19 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     return report
 
 
-def models(available: float, bandwidth: float) -> dict[str, dict[str, float | None]]:
-    """LLM -> format -> tokens per second that memory allows at most; None where it does not fit."""
-    return {
-        name: {
-            kind: bandwidth / (weights * size) if weights * size + BESIDE <= available else None
-            for kind, size in FORMATS.items()
-        }
-        for name, weights in LLMS.items()
-    }
+def models(main: tuple[float, float], best: tuple[float, float]) -> dict[str, dict[str, float | None]]:
+    """LLM -> format -> tokens per second that memory allows at most; None where it does not fit.
+
+    Args:
+        main, best: (bytes available, bytes per second) of main memory, and of the device that PyTorch computes on.
+    """
+
+    def speed(weights: float, kind: str) -> float | None:
+        available, bandwidth = main if kind in OF_LLAMACPP else best
+        size = weights * FORMATS[kind]
+        return bandwidth / size if size + BESIDE <= available else None
+
+    return {name: {kind: speed(weights, kind) for kind in FORMATS} for name, weights in LLMS.items()}
 
 
 def in_words(report: dict[str, Any]) -> Group:
@@ -85,6 +97,12 @@ def _machine(report: dict[str, Any]) -> Table:
         "matrix products": f"{gemm['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {gemm['bf16'] / 1e9:,.0f} in bf16",
         "reading weights": f"{report['bandwidth'] / 1e9:,.1f} GB/s",
     }
+    if found["accelerator"] is not None:
+        rows["reading weights"] += f", {report['cpu_bandwidth'] / 1e9:,.1f} on the CPU"
+    if found["gpu_memory"] is not None:
+        rows["memory"] += (
+            f"; GPU {found['gpu_memory'] / 1e9:.1f} GB, {found['gpu_memory_available'] / 1e9:.1f} GB available"
+        )
     for name, text in rows.items():
         table.add_row(name, escape(text))
     return table
@@ -100,7 +118,9 @@ def _engines(report: dict[str, Any]) -> Table:
 
 
 def _models(report: dict[str, Any]) -> Table:
-    table = _table("Answers, at most (memory and its bandwidth alone)", "language model", *FORMATS)
+    on_gpu = report["machine"]["accelerator"] is not None
+    columns = [f"{kind} (CPU)" if on_gpu and kind in OF_LLAMACPP else kind for kind in FORMATS]
+    table = _table("Answers, at most (memory and its bandwidth alone)", "language model", *columns)
     for name, speeds in report["models"].items():
         cells = (f"{speed:.3g} tokens/s" if speed else "[dim]too large[/]" for speed in speeds.values())
         table.add_row(name, *cells)

@@ -1,5 +1,6 @@
 """Which engine runs a model: the one that is named, or with `auto` the fastest of those that can, measured here."""
 
+import gc
 import importlib.util
 import time
 from dataclasses import dataclass
@@ -44,23 +45,28 @@ def open_engine(
     if running.engine != "auto":
         default = "llamacpp" if is_gguf_pair(model) else "torch"
         return Choice(_open(running.engine or default, model, running, conversations, room))
-    best: Engine | None = None
+    engine: Engine | None = None
     speeds: dict[str, float] = {}
     left_out = []
     for name in NEEDS:
+        engine = None
+        gc.collect()  # two copies of a model at once may be more than the memory holds
         try:
             engine = _open(name, model, running, conversations, room)
         except ConfigError as error:  # another error is of the model, and holds for every engine
             left_out.append(f"{name} ({str(error).split(':')[0]})")
             continue
         speeds[name] = tokens_per_second(engine)
-        if best is None or speeds[name] > speeds[best.name]:
-            best = engine
-    if best is None:
+    if not speeds:
         raise ConfigError(f"no engine can run {model}: {'; '.join(left_out)}")
-    others = "".join(f"; {name} {speed:.3g}" for name, speed in speeds.items() if name != best.name)
+    best = max(speeds, key=lambda name: speeds[name])
+    if engine is None or engine.name != best:
+        engine = None
+        gc.collect()
+        engine = _open(best, model, running, conversations, room)
+    others = "".join(f"; {name} {speed:.3g}" for name, speed in speeds.items() if name != best)
     omitted = f"; left out: {', '.join(left_out)}" if left_out else ""
-    return Choice(best, f"engine {best.name}: {speeds[best.name]:.3g} tokens/s{others}{omitted}")
+    return Choice(engine, f"engine {best}: {speeds[best]:.3g} tokens/s{others}{omitted}")
 
 
 def tokens_per_second(engine: Engine) -> float:
