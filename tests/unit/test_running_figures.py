@@ -27,6 +27,17 @@ def test_the_ratios_of_decoding_are_the_measured_ones() -> None:
     assert [ratio for ratio in ratios if f" {ratio} " not in " ".join(said.split())] == []
 
 
+def test_the_rooflines_of_decoding_are_the_measured_ones() -> None:
+    rows = rows_of("decode")
+    said = " ".join(PAGE[PAGE.index("A token needs all weights once") :].split("\n\n")[0].split())
+    assert f" {rows['memory, bytes read per second']['ours']:.1f} GB/s " in said
+    decoding = [row for row in rows.values() if row["unit"] == "tokens/s"]
+    assert len(decoding) == 3
+    for row in decoding:
+        assert f" {row['ours']:.1f} " in said
+        assert f" {row['ours'] / row['limit']:.0%}" in said
+
+
 def test_the_figures_of_captions_are_the_measured_ones() -> None:
     rows = rows_of("caption")
     said = " ".join(PAGE[PAGE.index("### How fast") : PAGE.index("## Export")].split())
