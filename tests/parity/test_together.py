@@ -1,5 +1,7 @@
 """Answers that llama.cpp makes in the same passes are, to the last bit, those that it makes alone."""
 
+import itertools
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llama3v.config import ExportConfig, Sampling
@@ -29,19 +32,35 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """GGUF pairs of the embedded weights, in a format."""
+    """GGUF pairs of the embedded weights, in a format; q4_k_m of a random LLM that is wide enough for it."""
     folder = tmp_path_factory.mktemp("together")
-    model, tokenizer = build_model(str(ASSETS / "siglip-scenes"), str(ASSETS / "llama-scenes"), max_tiles=4)
-    save_model(model, tokenizer, folder / "model")
 
     def make(weights: str) -> Path:
         out = folder / weights
         if not out.exists():
-            source = str(folder / "model")
-            export(ExportConfig(out=out, model=source, format="gguf", weights=weights, tower="none", check=False))
+            llm = wide_llm(folder / "wide") if weights == "q4_k_m" else ASSETS / "llama-scenes"
+            model, tokenizer = build_model(str(ASSETS / "siglip-scenes"), str(llm), max_tiles=4)
+            source = folder / f"{weights}-model"
+            save_model(model, tokenizer, source)
+            export(ExportConfig(out=out, model=str(source), format="gguf", weights=weights, tower="none", check=False))
         return out
 
     return make
+
+
+def wide_llm(folder: Path) -> Path:
+    """Random weights whose rows are multiples of 256 numbers: k-quants take no others."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(ASSETS / "llama-scenes")
+    config.update(
+        {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2}
+        | {"initializer_range": 0.2}
+    )
+    shutil.copytree(ASSETS / "llama-scenes", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +70,9 @@ def engine(pair: Callable[[str], Path]) -> Iterator[LlamaCppEngine]:
     engine.llm.close()
 
 
-def opened(pair: Path, kv: str = "f16") -> LlamaCppEngine:
+def opened(pair: Path, kv: str = "f16", conversations: int = 3) -> LlamaCppEngine:
     """An engine whose answers have all the tokens that they may have."""
-    engine = LlamaCppEngine(pair, kv=kv, tower="torch", conversations=3, context_tokens=512, threads=1)
+    engine = LlamaCppEngine(pair, kv=kv, tower="torch", conversations=conversations, context_tokens=512, threads=1)
     engine.renderer.stop_ids = ()
     return engine
 
@@ -155,28 +174,63 @@ class Crowd:
             assert not thread.is_alive()
 
 
-@pytest.mark.parametrize(("weights", "kv"), [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16"), ("q8_0", "q8_0")])
+@pytest.mark.parametrize(
+    ("weights", "kv", "conversations"),
+    [("f32", "f32", 3), ("f16", "f16", 3), ("q8_0", "f16", 3), ("q8_0", "q8_0", 3), ("q4_k_m", "f16", 5)],
+)
 def test_answers_and_their_log_probabilities_are_bit_for_bit_those_given_alone(
-    pair: Any, weights: str, kv: str
+    pair: Any, weights: str, kv: str, conversations: int
 ) -> None:
-    """Twelve answers over three caches: they begin and end at different times, and caches are taken over."""
-    engine = opened(pair(weights), kv)
+    """Twelve answers over a few caches: they begin and end at different times, and caches are taken over."""
+    engine = opened(pair(weights), kv, conversations)
     expected = alone(engine, range(12))
     passes = Passes(engine)
     crowd = Crowd(engine)
-    waiting = list(range(3, 12))
+    waiting = list(range(conversations, 12))
 
     def next_one() -> None:
         if waiting:
             crowd.ask(waiting.pop(0), ended=next_one)
 
-    with crowd.gathered(3):
-        for number in range(3):
+    with crowd.gathered(conversations):
+        for number in range(conversations):
             crowd.ask(number, ended=next_one)
     crowd.wait()
     assert crowd.heard == expected
-    assert max(passes.members) == 3
+    assert max(passes.members) == conversations
     assert len({token.id for tokens in expected.values() for token in tokens}) > 20
+    engine.llm.close()
+
+
+@pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_k_m"])
+def test_what_was_asked_before_changes_no_answer(pair: Any, weights: str) -> None:
+    """Prompts that begin alike and go on differently, in all orders: other texts, other pictures after the first one."""
+    engine = opened(pair(weights), conversations=2)
+    a, b = picture(1), picture(2)
+    talks = [
+        ("What is on the table?", [a]),
+        ("What is on the table, and where?", [a]),
+        ("What is on the table?", [a, b]),
+        ("What is on the table?", []),
+        ("What is on the tables?", [a, b]),
+    ]
+
+    def answer(talk: tuple[str, list[Image.Image]]) -> list[Token]:
+        text, images = talk
+        turns = [Turn("user", text, tuple(range(len(images))))]
+        generation = engine.generate(turns, images, max_new_tokens=8, sampling=Sampling(logprobs=3))
+        reused.append(generation.counts)
+        return [token for piece in generation for token in piece.tokens]
+
+    reused: list[Any] = []
+    expected = []
+    for talk in talks:
+        forget(engine)
+        expected.append(answer(talk))
+    for order in itertools.permutations(range(5), 3):
+        forget(engine)
+        assert [answer(talks[number]) for number in order] == [expected[number] for number in order], order
+    assert any(counts.cached_tokens for counts in reused)
     engine.llm.close()
 
 

@@ -20,7 +20,8 @@ IMAGE = 99
 class Recorder:
     """A Group whose logits say what it has read: the last token, and how many places stand before it."""
 
-    piece_tokens = 5
+    piece_tokens = 8
+    block = 2
     worth_copying = 4
 
     def __init__(self, conversations: int) -> None:
@@ -99,7 +100,7 @@ def test_no_piece_is_longer_than_allowed_or_leaves_one_token_of_a_run(asked: lis
     found = read_all(caches, [(object(), each) for each in prompts])
     for number, each in enumerate(prompts):
         assert found[number].tolist() == [each.ids[-1], len(each.ids)]
-        place = 0
+        place, left_over = 0, False
         for length in [length for taken in group.passes for member, length in taken if member == number]:
             kinds = [isinstance(cell, tuple) for cell in each.cells]
             assert len(set(kinds[place : place + length])) == 1
@@ -108,6 +109,9 @@ def test_no_piece_is_longer_than_allowed_or_leaves_one_token_of_a_run(asked: lis
                 place + 1 == len(kinds) or kinds[place + 1] != kinds[place]
             )
             assert length > 1 or alone
+            same_run = place > 0 and kinds[place - 1] == kinds[place]
+            assert not (same_run and left_over)  # only whole blocks stand before the last piece of a run
+            left_over = length % Recorder.block != 0
             place += length
         assert place == len(each.ids)
 
@@ -147,6 +151,69 @@ def test_a_prompt_that_is_known_is_read_again_from_its_last_two_tokens() -> None
     read_all(caches, [(one, prompt([1, 2, 3, 4]))])
     caches.end(one)
     assert caches.begin(two, prompt([1, 2, 3, 4])) == 2
+
+
+def readings(group: Recorder, member: int, length: int) -> list[str]:
+    """Of each place of a conversation, how it was read last: alone, in a whole block, or left over after the blocks."""
+    found: list[str] = []
+    for taken in group.passes:
+        for who, count in taken:
+            if who == member:
+                whole = count // Recorder.block * Recorder.block
+                found += ["alone"] if count == 1 else ["block"] * whole + ["left over"] * (count - whole)
+    return found[-length:]
+
+
+runs = st.lists(
+    st.one_of(st.integers(1, 7), st.lists(st.integers(0, 1), min_size=1, max_size=11)), min_size=1, max_size=5
+)
+
+
+@given(runs, runs)
+def test_what_a_cache_has_is_used_only_where_the_prompt_alone_is_read_by_the_same_kernels(
+    first: Any, second: Any
+) -> None:
+    """One picture and then text, two pictures: what stands between them is read alone there, and with the text here."""
+    cold, warm = Recorder(1), Recorder(1)
+    read_all(BatchedCaches(cold, 1), [(object(), mixed(second))])
+    caches, owner = BatchedCaches(warm, 1), object()
+    read_all(caches, [(owner, mixed(first))])
+    caches.end(owner)
+    before = readings(warm, 0, len(warm.held[0]))
+    del warm.passes[:]
+    asker = object()
+    kept = caches.begin(asker, mixed(second))
+    read_all(caches, [(asker, mixed(second))])
+    length = len(mixed(second).cells)
+    assert before[:kept] + readings(warm, 0, length - kept) == readings(cold, 0, length)
+    assert warm.held == cold.held
+
+
+def mixed(runs: list[int | list[int]]) -> Prompt:
+    """Runs that follow one another as they come, texts joined with texts and visual tokens with visual tokens."""
+    return prompt_of_tiles([run if isinstance(run, list) else [IMAGE] * run for run in runs])
+
+
+def prompt_of_tiles(parts: list[list[int]]) -> Prompt:
+    ids = [token for part in parts for token in part]
+    places = [place for place, token in enumerate(ids) if token == IMAGE]
+    slots = [ImageSlot(0, number, place, 1) for number, place in enumerate(places)]
+    return Prompt(Rendered(ids, slots, []), [_Seen("a", len(slots))] if slots else [])  # type: ignore[list-item]
+
+
+def test_more_conversations_than_caches_wait_for_one_and_are_not_mixed_up() -> None:
+    group = Recorder(2)
+    caches = BatchedCaches(group, 2)
+    talks = [(object(), prompt([1, 2, 3, number])) for number in range(5)]
+    found = caches.read_together(talks)
+    assert [None if row is None else row.tolist() for row in found] == [[0, 4], [1, 4], None, None, None]
+    for owner, each in talks[:2]:
+        each.push(7)
+        assert caches.begin(owner, each) == 4
+    assert [row is None for row in caches.read_together(talks[::-1])] == [True, True, True, False, False]
+    for owner, _ in talks[:2]:
+        caches.end(owner)
+    assert [row.tolist() for row in caches.read_together(talks[2:]) if isinstance(row, np.ndarray)] == [[2, 4], [3, 4]]
 
 
 def test_the_failure_of_one_is_its_own() -> None:

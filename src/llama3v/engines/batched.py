@@ -16,15 +16,14 @@ class Group(Protocol):
     """A model with the KV caches of several conversations, numbered from 0. Used by one thread at a time."""
 
     piece_tokens: int
-    """Most tokens of a prompt in one pass."""
+    """Most tokens of a prompt in one pass; a multiple of `block`."""
+    block: int
+    """Tokens that a kernel takes at a time: those that are left over, at the end of a run, go through another one."""
     worth_copying: int
     """Fewest places for which `copy` is cheaper than to read them again."""
 
     def read_singles(self, members: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """One more token of each of these conversations, in rising order.
-
-        Returns logits [conversations, vocabulary] that the next pass writes over.
-        """
+        """One more token of each of these conversations, in rising order. Returns logits [conversations, vocabulary]."""
         ...
 
     def read_piece(self, member: int, new: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -54,8 +53,9 @@ class _Member:
 class BatchedCaches(Caches):
     """See Caches; `read_together` is a step of several conversations.
 
-    A prompt is read in pieces. None spans text and visual tokens, and none is a single token unless it stands alone between
-    visual ones, so that a prompt gives the same numbers wherever it is cut (engines/llama_group.py).
+    A prompt is read in pieces. None spans text and visual tokens, none is a single token unless it stands alone between
+    visual ones, and all but the last of a run are whole blocks. What a cache has of a prompt is used up to where the prompt
+    alone would be read by other kernels. So a prompt gives the same numbers wherever it is cut (engines/llama_group.py).
     """
 
     def __init__(self, group: Group, conversations: int) -> None:
@@ -67,21 +67,34 @@ class BatchedCaches(Caches):
         [found] = self.read_together([(owner, prompt)])
         if isinstance(found, Exception):
             raise found
-        return None if found is None else found.copy()
+        return found
 
     def read_together(self, asked: Sequence[tuple[object, Prompt]]) -> list[Found]:
-        """One step: the next piece of each prompt. The logits are to be used before the next step.
+        """One step: the next piece of each prompt. Where there are more of them than caches, some wait: None.
 
         What goes wrong with one conversation harms no other; what fails as a whole is tried again one by one.
         """
         with self.lock:
-            caches = [self._cache_of(owner, prompt) for owner, prompt in asked]
+            served = self._with_their_caches(asked)
             try:
-                return self._step(caches, [prompt for _, prompt in asked])
+                found = self._step([cache for cache, _ in served.values()], [prompt for _, prompt in served.values()])
             except BaseException:  # an interrupt: nobody knows how far it came
-                for cache in caches:
+                for cache, _ in served.values():
                     cache.shorten(0)
                 raise
+        by_place = dict(zip(served, found, strict=True))
+        return [by_place.get(place) for place in range(len(asked))]
+
+    def _with_their_caches(self, asked: Sequence[tuple[object, Prompt]]) -> dict[int, tuple[Cache, Prompt]]:
+        """Place in `asked` -> cache and prompt, for as many as there are caches: no two of a step share one."""
+        served: dict[int, tuple[Cache, Prompt]] = {}
+        holders = {id(cache.owner) for cache in self._caches}
+        # those that have one first, so that nobody takes it from them
+        for place in sorted(range(len(asked)), key=lambda place: id(asked[place][0]) not in holders):
+            if len(served) < len(self._caches):
+                owner, prompt = asked[place]
+                served[place] = (self._cache_of(owner, prompt, not_of=[asked[other][0] for other in served]), prompt)
+        return served
 
     def _step(self, caches: Sequence[Cache], prompts: Sequence[Prompt]) -> list[Found]:
         found: list[Found] = [None] * len(caches)
@@ -112,7 +125,7 @@ class BatchedCaches(Caches):
             return end
         # the run goes on; it must not leave a single token
         alone = end == len(cells) or isinstance(cells[end], tuple) != visual
-        return most - alone
+        return most - self._group.block * alone
 
     def _read_piece(self, cache: Cache, prompt: Prompt, start: int, end: int) -> Found:
         try:
@@ -138,8 +151,7 @@ class BatchedCaches(Caches):
             if len(singles) == 1:
                 singles[0][0].shorten(0)
                 return [error]
-            alone = [self._read_singles([single])[0] for single in singles]
-            return [found.copy() if isinstance(found, np.ndarray) else found for found in alone]
+            return [self._read_singles([single])[0] for single in singles]
         for cache, prompt in singles:
             cache.cells.append(prompt.cells[len(cache.cells)])
         return [
@@ -151,22 +163,36 @@ class BatchedCaches(Caches):
         """As in Caches; but a prompt may begin with more of what another conversation has, which is then copied."""
         wanted = prompt.cells[:-1]
         donor = max(self._caches, key=lambda other: common(other.cells, wanted))
-        shared = common(donor.cells, wanted)
-        if shared - keep >= self._group.worth_copying:
-            keep = _before_a_single(prompt.cells, shared)
-            cache.cells.clear()
-            self._group.copy(donor.reader.number, cache.reader.number, keep)
-            cache.cells += prompt.cells[:keep]
+        copied = _read_alike(prompt.cells, donor.cells, common(donor.cells, wanted), self._group.block)
+        keep = _read_alike(prompt.cells, cache.cells, keep, self._group.block)
+        if copied - keep < self._group.worth_copying:
+            super()._keep(cache, prompt, keep)
             return
-        super()._keep(cache, prompt, _before_a_single(prompt.cells, keep))
+        cache.cells.clear()
+        self._group.copy(donor.reader.number, cache.reader.number, copied)
+        cache.cells += prompt.cells[:copied]
 
 
-def _before_a_single(cells: Sequence[Cell], keep: int) -> int:
-    """`keep`, or one less where a single token would be left of a run."""
-    kinds = [isinstance(cell, tuple) for cell in cells[max(keep - 1, 0) : keep + 2]]
-    if 0 < keep < len(cells) and kinds[0] == kinds[1] and (len(kinds) == 2 or kinds[2] != kinds[1]):
-        return keep - 1
-    return keep
+def _read_alike(now: Sequence[Cell], before: Sequence[Cell], keep: int, block: int) -> int:
+    """How many of the first `keep` cells, which are the same in a prompt and in a cache, the prompt alone would be read alike.
+
+    In a run of text or of visual tokens these are the whole blocks; to its end only where it ended there before, too. What is
+    left of the run is then more than a single token.
+    """
+    if not keep:
+        return 0
+    visual = isinstance(now[keep - 1], tuple)
+    if isinstance(now[keep], tuple) != visual and (len(before) == keep or isinstance(before[keep], tuple) != visual):
+        return keep
+    start, end = keep - 1, keep
+    while start > 0 and isinstance(now[start - 1], tuple) == visual:
+        start -= 1
+    while end < len(now) and isinstance(now[end], tuple) == visual:
+        end += 1
+    blocks = (keep - start) // block
+    if blocks and end - start - blocks * block == 1:
+        blocks -= 1
+    return start + blocks * block
 
 
 def _checked(logits: np.ndarray) -> Found:

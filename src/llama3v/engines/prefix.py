@@ -151,12 +151,14 @@ class Caches:
             if cache.owner is owner:
                 cache.owner = None
 
-    def _cache_of(self, owner: object, prompt: Prompt) -> Cache:
+    def _cache_of(self, owner: object, prompt: Prompt, not_of: Sequence[object] = ()) -> Cache:
+        """The owner's cache; else one that is free; else one that is taken from another, though not from those of `not_of`."""
         for cache in self._caches:
             if cache.owner is owner:
                 return cache
         wanted = prompt.cells[:-1]  # at least the last cell is read, for its logits
-        free = [cache for cache in self._caches if cache.owner is None] or self._caches
+        free = [cache for cache in self._caches if cache.owner is None]
+        free = free or [cache for cache in self._caches if all(cache.owner is not other for other in not_of)]
         cache = self._choose(free, wanted)
         cache.owner = owner
         self._keep(cache, prompt, common(cache.cells, wanted))
