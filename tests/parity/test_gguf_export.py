@@ -153,7 +153,8 @@ def test_conversations_in_threads_have_a_kv_cache_each(exported, engines, monkey
     for number, (turns, images) in enumerate(questions):  # neither was read a second time, nor lost its cache
         again = engine.generate(turns, images, max_new_tokens=12)
         assert "".join(piece.text for piece in again) == expected[number]
-        assert again.counts.cached_tokens == again.counts.prompt_tokens - 2  # engines/batched.py says why two
+        # whole blocks of the last run are kept, and more than one token is left (engines/batched.py)
+        assert 2 <= again.counts.prompt_tokens - again.counts.cached_tokens <= 5
     engine.llm.close()
 
 
