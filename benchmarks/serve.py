@@ -6,6 +6,7 @@ Three parts, all over loopback with the same client:
 
 1. Text: questions without a picture, several clients, both servers in turns. Tokens per second, time to the first text.
 2. A repeated picture: other questions about one picture that both have seen.
+   No question comes twice: llama-server keeps whole prompts that it has read in memory, and would not read it again.
 3. Load, ours alone: 64 clients for --seconds, texts and pictures mixed; a fifth of the requests is left at a random moment, a
    tenth is read slowly. Each answer that ends is compared with the answer alone; afterwards nothing may be left in work, and
    the server's memory is stated at the beginning and at the end.
@@ -18,6 +19,8 @@ their `usage`.
 
 import argparse
 import asyncio
+import functools
+import itertools
 import re
 import socket
 import subprocess
@@ -92,20 +95,28 @@ def memory_mb(process: subprocess.Popen, name: str) -> float:
 
 
 def compared(
-    ours: str, peer: str, part: str, bodies: list[dict[str, Any]], clients: int, rounds: int, tokens_of: Count
+    ours: str,
+    peer: str,
+    part: str,
+    new: Callable[[], dict[str, Any]],
+    count: int,
+    clients: int,
+    rounds: int,
+    tokens_of: Count,
 ) -> list[dict]:
-    """Rows of one kind of question, both servers in turns; the first round is not counted."""
+    """Rows of one kind of question, `count` new ones a round, both servers in turns; the first round is not counted."""
     speeds: dict[str, list[float]] = {ours: [], peer: []}
     requests: dict[str, list[float]] = {ours: [], peer: []}
     timings: dict[str, list[Timing]] = {ours: [], peer: []}
     for number in range(rounds + 1):
+        bodies = [new() for _ in range(count)]
         for address in (ours, peer):
             found, whole = asyncio.run(together(address, bodies, clients))
             if number:
                 speeds[address].append(sum(tokens_of(timing.text) for timing in found) / whole)
                 requests[address].append(len(found) / whole)
                 timings[address] += found
-    note = f"{clients} clients, {len(bodies)} questions, {rounds} rounds"
+    note = f"{clients} clients, {count} new questions in each of {rounds} rounds"
     said = {address: sum(tokens_of(timing.text) for timing in found) / len(found) for address, found in timings.items()}
     rows = [
         row(f"{part}: tokens/s", median(speeds[ours]), median(speeds[peer]), unit="tokens/s", note=note),
@@ -199,13 +210,20 @@ def measure(pair: Path, given: argparse.Namespace) -> list[dict]:
 
     peer = [sys.executable, "-m", "benchmarks.serve_peer", *files, str(ports[1]), "4", str(CONTEXT)]
     url = picture(0, (90, 90))
-    texts = [question(f"{TEXTS[n % 6]} {n}", tokens=_ANSWER) for n in range(given.questions)]
-    about = [question(f"{TEXTS[n % 6]} {n}", url, tokens=_ANSWER) for n in range(given.questions)]
+    numbers = itertools.count()
+
+    def new(*pictures: str) -> dict[str, Any]:
+        number = next(numbers)
+        return question(f"{TEXTS[number % 6]} {number}", *pictures, tokens=_ANSWER)
+
     with child(serve, ports[0]) as (ours, process):
         with child(peer, ports[1]) as (theirs, _):
-            rows = compared(ours, theirs, "text, one client", texts[: given.questions // 4], 1, given.rounds, tokens_of)
-            rows += compared(ours, theirs, "text", texts, 8, given.rounds, tokens_of)
-            rows += compared(ours, theirs, "a repeated picture", about, 8, given.rounds, tokens_of)
+            few, many = given.questions // 4, given.questions
+            rows = compared(ours, theirs, "text, one client", new, few, 1, given.rounds, tokens_of)
+            rows += compared(ours, theirs, "text", new, many, 8, given.rounds, tokens_of)
+            rows += compared(
+                ours, theirs, "a repeated picture", functools.partial(new, url), many, 8, given.rounds, tokens_of
+            )
         return rows + under_load(ours, process, given.clients, given.seconds)
 
 

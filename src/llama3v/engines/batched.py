@@ -109,7 +109,6 @@ class BatchedCaches(Caches):
             else:
                 found[place] = self._read_piece(cache, prompt, start, end)
         singles.sort(key=lambda place: caches[place].reader.number)
-        # the last pass of the step, so that its logits stay
         for place, logits in zip(singles, self._read_singles([(caches[n], prompts[n]) for n in singles]), strict=True):
             found[place] = logits
         return found

@@ -109,7 +109,7 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
 
     states: dict[int | str, dict[str, Any]] = {
         200: {"model": Ready},
-        503: {"model": Ready, "description": "Starting or ending."},
+        503: {"model": Ready, "description": "Ending."},
     }
 
     @app.get("/ready", responses={**refusals(), **states})

@@ -51,9 +51,9 @@ class Question:
 
 @dataclass
 class Sight:
-    """Of the pictures of a request: how many were known. Filled in while it is answered."""
+    """Of the pictures of a request: for how many the vision tower ran. Filled in while it is answered."""
 
-    cached_images: int = 0
+    new_images: int = 0
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error
@@ -157,7 +157,7 @@ class ServedModel:
 
         def look() -> Any:
             tokens, known = self.vision_cache.get(picture.key, rows, lambda: self._see(picture.tiles, ticket))
-            sight.cached_images += known
+            sight.new_images += not known
             return for_engine(self.engine, tokens)
 
         return SeenImage(picture.key, picture.grid, look, FairLock())

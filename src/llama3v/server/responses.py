@@ -59,7 +59,7 @@ class Report:
         pictures = [picture for question in self._questions for picture in question.pictures]
         return {
             "images": len(pictures),
-            "images_cached": min(self._sight.cached_images, len(pictures)),
+            "images_cached": len(pictures) - self._sight.new_images,
             "tiles": sum(picture.grid.tiles for picture in pictures),
             "grids": [f"{picture.grid.columns}x{picture.grid.rows}" for picture in pictures],
             "visual_tokens": self.finished[0].counts.visual_tokens if self.finished else 0,

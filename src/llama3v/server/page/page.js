@@ -158,7 +158,7 @@ function take(data, answer, asked, started) {
   const seconds = (value) => (value < 0.0005 ? "0 ms" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
   const words = [
     timings.images && `${count(timings.tiles, "tile")}, ${count(timings.visual_tokens, "visual token")}`,
-    timings.images && (timings.images_cached || timings.vision_seconds < 0.0005 ? "vision known" : `vision ${seconds(timings.vision_seconds)}`),
+    timings.images && (timings.images_cached === timings.images ? "vision known" : `vision ${seconds(timings.vision_seconds)}`),
     `prompt ${count(usage.prompt_tokens, "token")}, ${seconds(timings.prefill_seconds)}`,
     `answer ${count(usage.completion_tokens, "token")}, ${seconds(timings.decode_seconds)}`,
     `in all ${seconds((performance.now() - started) / 1000)}`,
