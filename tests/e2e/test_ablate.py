@@ -12,7 +12,7 @@ from training import make_pictures
 import llama3v
 from llama3v.config import AblateConfig, EncodeConfig
 from llama3v.errors import CheckpointError, ConfigError
-from llama3v.evaluate.ablation_table import interval, student_t, verdict
+from llama3v.evaluate.ablation_table import interval, student_t, unlike_the_base, verdict
 from llama3v.evaluate.variants import parse_variant, parse_variants
 from llama3v.model.llama3v import build_model
 
@@ -51,6 +51,9 @@ def test_variants_are_trained_compared_and_not_trained_twice(options: dict, caps
         measured = [json.loads((directory / "summary.json").read_text()) for directory in directories]
         assert row["loss"]["seeds"] == [one["validation_loss"] for one in measured]
         assert row["loss"]["value"] == pytest.approx(sum(row["loss"]["seeds"]) / 2)
+        for count in ("left_out", "validation_samples"):
+            assert row[count] == measured[0][count]
+        assert row["seen"] == round(sum(one["epochs"] * one["samples"] for one in measured) / 2) > 0
         assert not any((directory / "model.safetensors").exists() for directory in directories)
     difference = rows["mlp"]["loss"]["difference"]
     assert difference["value"] == pytest.approx(rows["mlp"]["loss"]["value"] - rows["base"]["loss"]["value"])
@@ -111,6 +114,17 @@ def test_words_become_options() -> None:
 def test_what_cannot_be_meant_is_refused(texts, sft_steps, message) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_variants(texts, sft_steps)
+
+
+def test_who_trained_on_other_samples_is_named() -> None:
+    base = {"name": "base", "seen": 1000, "left_out": 0, "validation_samples": 50}
+    alike, longer, left = ({**base, "name": name} for name in ("linear", "r=1", "max-tiles=9"))
+    longer["seen"], left["left_out"], left["validation_samples"] = 700, 30, 41
+    said = unlike_the_base([base, alike, longer, left])
+    assert [sentence.split()[0] for sentence in said] == ["r=1", "max-tiles=9"]
+    assert "700" in said[0]
+    assert "30" in said[1]
+    assert "41" in said[1]
 
 
 def test_intervals_are_students() -> None:

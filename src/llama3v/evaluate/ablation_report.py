@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llama3v.evaluate.ablation_table import verdict
+from llama3v.evaluate.ablation_table import unlike_the_base, verdict
 from llama3v.report import Report
 
 NOTE = (
@@ -37,6 +37,8 @@ def print_table(summary: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"validation loss of stage {summary['stage']}; {len(summary['seeds'])} seeds. {NOTE}", style="dim")
+    for sentence in unlike_the_base(summary["variants"]):
+        console.print(sentence, style="yellow")
 
 
 def write_report(path: Path, summary: dict[str, Any]) -> None:
@@ -70,10 +72,21 @@ def write_report(path: Path, summary: dict[str, Any]) -> None:
     ]
     report.add_table("Variants", columns, rows, NOTE)
     sizes = [
-        [row["name"], row["trained_parameters"], round(row["visual_tokens_per_tile"]), round(row["seconds"], 1)]
+        [
+            row["name"],
+            row["trained_parameters"],
+            round(row["visual_tokens_per_tile"]),
+            row["seen"],
+            row["left_out"],
+            row["validation_samples"],
+            round(row["seconds"], 1),
+        ]
         for row in summary["variants"]
     ]
-    report.add_table("What each takes", ["variant", "parameters that train", "tokens a tile", "seconds a seed"], sizes)
+    columns = ["variant", "parameters that train", "tokens a tile", "samples seen", "left out", "held-out samples"]
+    report.add_table(
+        "What each takes", [*columns, "seconds a seed"], sizes, " ".join(unlike_the_base(summary["variants"]))
+    )
     report.add_bars(
         "Loss with the right and with shuffled images",
         {

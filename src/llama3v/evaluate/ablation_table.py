@@ -18,8 +18,9 @@ def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     Args:
         runs: name -> the summary of each seed's training, seeds in the same order everywhere; the first is the base.
 
-    Returns rows of {name, trained_parameters, visual_tokens_per_tile, seconds, dollars, and for each measure its mean,
-    the seeds' values, and `difference` from the base: {value, low, high}, paired by seed; bounds are None of one seed}.
+    Returns rows of {name, trained_parameters, visual_tokens_per_tile, seen, left_out, validation_samples, seconds, dollars,
+    and for each measure its mean, the seeds' values, and `difference` from the base: {value, low, high}, paired by seed;
+    bounds are None of one seed}. `seen`: samples that the steps had; `left_out`: those that fit in no row.
     """
     base = next(iter(runs.values()))
     return [_row(name, summaries, None if summaries is base else base) for name, summaries in runs.items()]
@@ -30,6 +31,9 @@ def _row(name: str, summaries: list[dict[str, Any]], base: list[dict[str, Any]] 
         "name": name,
         "trained_parameters": summaries[0]["trained_parameters"],
         "visual_tokens_per_tile": summaries[0]["visual_tokens"] / max(1, summaries[0]["tiles"]),
+        "seen": round(mean(summary["epochs"] * summary["samples"] for summary in summaries)),
+        "left_out": summaries[0]["left_out"],
+        "validation_samples": summaries[0]["validation_samples"],
         "seconds": mean(summary["seconds"] for summary in summaries),
         "dollars": sum(summary["dollars"] for summary in summaries),
     }
@@ -39,6 +43,26 @@ def _row(name: str, summaries: list[dict[str, Any]], base: list[dict[str, Any]] 
         if base is not None:
             row[measure]["difference"] = interval([a - b[key] for a, b in zip(values, base, strict=True)])
     return row
+
+
+def unlike_the_base(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each variant whose trainings had other samples, or are measured on others, than the base's.
+
+    Steps have as many tokens everywhere: with more visual tokens for an image a step holds fewer samples, and long samples may
+    fit in no row.
+    """
+    base, *others = rows
+    said = []
+    for row in others:
+        if row["left_out"] != base["left_out"] or row["validation_samples"] != base["validation_samples"]:
+            said.append(
+                f"{row['name']} left out {row['left_out']:,} samples that fit in no row (the base {base['left_out']:,}) and is "
+                f"measured on {row['validation_samples']:,} ({base['validation_samples']:,}): its losses are of other samples; "
+                "give longer rows."
+            )
+        elif abs(row["seen"] - base["seen"]) > 0.05 * base["seen"]:
+            said.append(f"{row['name']} saw {row['seen']:,} samples in its steps, the base {base['seen']:,}.")
+    return said
 
 
 def interval(differences: list[float]) -> dict[str, float | None]:
