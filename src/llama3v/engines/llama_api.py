@@ -11,7 +11,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ class Llama:
     ) -> None:
         self._model: int | None = None
         self._context: int | None = None
+        # Where many threads ask, one computes. libgomp keeps workers for every thread that has computed; once there are more of
+        # them than cores, waiting workers sleep instead of spinning, and a pass takes a quarter longer.
+        self._thread = ThreadPoolExecutor(1, "llama.cpp") if sequences > 1 else None
         if kv not in KV_TYPES:
             raise ConfigError(f"expected a KV cache in one of {', '.join(KV_TYPES)}, found {kv} (--kv)")
         require_gguf(path)
@@ -297,13 +301,23 @@ class Llama:
         batch = self._batch
         batch.embeddings(new) if isinstance(new, np.ndarray) else batch.tokens(new)
         batch.places(positions, sequences)
-        status = self._lib.llama_decode(self._context, batch.want(wanted))
+        status = self._in_its_thread(self._lib.llama_decode, self._context, batch.want(wanted))
         if status != 0:
             raise CheckpointError(f"llama.cpp failed to read {len(new)} tokens (status {status})")
         rows = len(new) if isinstance(wanted, int) else int(np.count_nonzero(wanted))
         address = self._lib.llama_get_logits(self._context)
         found = (c_float * (rows * self.vocabulary)).from_address(address)
         return np.frombuffer(memoryview(found), np.float32).reshape(rows, self.vocabulary)
+
+    def _in_its_thread(self, function: Callable[..., int], *arguments: Any) -> int:
+        if self._thread is None:
+            return function(*arguments)
+        called = self._thread.submit(function, *arguments)
+        try:
+            return called.result()
+        except BaseException:  # an interrupt: nothing may touch the context before the pass has ended
+            wait([called])
+            raise
 
     def copy(self, source: int, target: int) -> None:
         """Let one sequence's cache hold what another's does. The library copies it before the next pass."""
@@ -318,6 +332,8 @@ class Llama:
 
     def close(self) -> None:
         """Give the memory back; also done when this object goes away."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
         if self._context:
             self._lib.llama_free(self._context)
         if self._model:

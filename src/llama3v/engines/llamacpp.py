@@ -24,11 +24,10 @@ from llama3v.engines.together import Together
 from llama3v.errors import CheckpointError, ConfigError
 from llama3v.model.prompt import Renderer
 from llama3v.model.tiles import Tiles
+from llama3v.model.whereabouts import LLM_FILE, VISION_FILE
 
 _MARKS = 64  # tokens around the turns of a question, and more
 _REMEMBERED_TEXTS = 16384
-
-LLM_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 
 
 class LlamaCppEngine(CachedEngine):

@@ -171,8 +171,10 @@ class Caches:
             cache.shorten(keep)
 
     def _choose(self, free: Sequence[Cache], wanted: Sequence[Cell]) -> Cache:
-        """The cache with most of these cells; if none has enough of them, the one used longest ago."""
-        best = max(free, key=lambda cache: common(cache.cells, wanted))
+        """The cache with most of these cells, among equals the one used longest ago; which it is where none has enough of
+        them, too.
+        """
+        best = max(free, key=lambda cache: (common(cache.cells, wanted), -cache.used))
         if worth_keeping(common(best.cells, wanted), wanted):
             return best
         return min(free, key=lambda cache: (bool(cache.cells), cache.used))

@@ -8,7 +8,8 @@ from typing import Any
 from llama3v.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]*[A-Za-z0-9])?")
-_PAIR = ("model.gguf", "mmproj.gguf")
+LLM_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
+_PAIR = (LLM_FILE, VISION_FILE)
 _VISION_FILES = {"vision.xml": "openvino", "vision.onnx": "onnx"}
 _KINDS = {
     "llama": "a language model: `llama3v pretrain --llm {path}` gives it eyes",
@@ -63,7 +64,7 @@ def _of_file(path: Path) -> str:
 
 def _of_directory(path: Path) -> str:
     for file, form in _VISION_FILES.items():
-        if (path / file).is_file() and not (path / _PAIR[1]).is_file():
+        if (path / file).is_file() and not (path / VISION_FILE).is_file():
             return f"{file} is a vision tower alone, exported with --format {form}; give {_origin(path)}"
     halves = [file for file in _PAIR if (path / file).is_file()]
     if halves:
