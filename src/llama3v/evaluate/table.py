@@ -78,7 +78,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
         against = row["differences"].get("wrong image")
         if against is not None and against["p_value"] > 0.05:
             found.append(
-                f"{row['label']}: no better than with wrong images (p = {p_value(against['p_value'])}): no sight shown."
+                f"{row['label']}: not surely better than with wrong images (p = {p_value(against['p_value'])}): no sight shown. "
+                "More pictures would tell more."
             )
         elif against is not None and against["difference"]["value"] < 0:
             found.append(
